@@ -1,0 +1,1 @@
+"""What to run: one YAML per run, and the typed schema that every YAML is checked against."""

@@ -1,0 +1,310 @@
+"""The typed schema of a run: every key of every YAML, its type, default and meaning.
+
+Keys are strict: an unknown key or a value of the wrong type is an error (see `configs.loading`). A `Hook` value is a name from a hook
+table (`mesokurt hooks`), or `package.module:Class`, or a mapping `{name: NAME, option: value}` whose options are checked against the class.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
+
+
+class Section(BaseModel):
+    """A strict, frozen group of keys; the string under each field is its documentation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class HookSpec(BaseModel):
+    """A hook's name and its options."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+def _hook_from_yaml(value: Any) -> Any:
+    if isinstance(value, str):
+        return HookSpec(name=value)
+    if isinstance(value, dict):
+        if not isinstance(value.get("name"), str):
+            raise ValueError("a hook is a NAME or a mapping with a 'name'")
+        return HookSpec(name=value["name"], options={k: v for k, v in value.items() if k != "name"})
+    if isinstance(value, HookSpec):
+        return value
+    raise ValueError("a hook is a NAME or a mapping with a 'name'")
+
+
+def _hook_to_yaml(spec: HookSpec) -> str | dict[str, Any]:
+    return {"name": spec.name, **spec.options} if spec.options else spec.name
+
+
+_HOOK_JSON_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}]}
+Hook = Annotated[HookSpec, BeforeValidator(_hook_from_yaml), PlainSerializer(_hook_to_yaml), WithJsonSchema(_HOOK_JSON_SCHEMA)]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+BitsText = Annotated[str, Field(pattern=r"^([2-8]|16)-([2-8]|16)-([2-8]|16)$")]
+
+
+def hook(name: str, **options: Any) -> Any:
+    """Default value of a hook field."""
+    return Field(default_factory=lambda: HookSpec(name=name, options=options))
+
+
+class RunSection(Section):
+    """Where the run lives and what makes it reproducible."""
+
+    dir: str = "runs/default"
+    """Run directory: config, metrics, checkpoints, export and report. Relative to the working directory."""
+    seed: NonNegative = 0
+    """Seed of weights (with the parameter's name), data order and held-out probes."""
+    name: str = "run"
+    """Human name, shown in logs, reports and model cards."""
+
+
+class ModelSection(Section):
+    """The decoder. Widths are in channels, context in tokens."""
+
+    layers: Positive = 4
+    width: Positive = 128
+    heads: Positive = 4
+    kv_heads: Positive | None = None
+    """Key/value heads; `heads` when null (multi-head attention), fewer for grouped-query attention."""
+    ffn_width: Positive | None = None
+    """Hidden width of the feed-forward layer; ceil(8 width / 3 / 128) * 128 when null (sheet of the OSP paper)."""
+    context: Positive = 256
+    """Training sequence length T."""
+    vocab_size: Positive = 4096
+    tie_embeddings: bool = False
+    """Share input and output embeddings. Must be false with `emb_proj`, whose merge unties them."""
+    rope_theta: Annotated[float, Field(gt=0.0)] = 10000.0
+    norm_eps: Annotated[float, Field(gt=0.0)] = 1e-6
+    norm: Hook = hook("ssnorm")
+    embedding: Hook = hook("emb_proj")
+    activation: Hook = hook("silu")
+    ffn: Hook = hook("swiglu")
+    block: Hook = hook("prenorm")
+    initializer: Hook = hook("lecun_normal")
+
+    @property
+    def resolved_kv_heads(self) -> int:
+        """Key/value heads after the default."""
+        return self.kv_heads or self.heads
+
+    @property
+    def resolved_ffn_width(self) -> int:
+        """Feed-forward width after the default."""
+        return self.ffn_width or -(-8 * self.width // (3 * 128)) * 128
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> ModelSection:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if (self.width // self.heads) % 2:
+            raise ValueError(f"head size {self.width // self.heads} (width / heads) is odd; rotary embeddings need it even")
+        if self.heads % self.resolved_kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.resolved_kv_heads}")
+        if self.tie_embeddings and self.embedding.name == "emb_proj":
+            raise ValueError("tie_embeddings must be false with embedding emb_proj (merging it unties them); set model.tie_embeddings: false")
+        return self
+
+
+class Source(Section):
+    """One source of documents."""
+
+    kind: Literal["stdlib", "text", "jsonl", "parquet", "hub"] = "stdlib"
+    """`stdlib`: the running interpreter's standard-library sources; `text`: a file is a document; `jsonl`/`parquet`: a row is one; `hub`: a Hugging Face dataset, streamed."""
+    path: str | None = None
+    """File, folder or glob (text, jsonl, parquet), or the dataset's repository (hub)."""
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    text_key: str = "text"
+    """Column that holds the text (jsonl, parquet, hub)."""
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Share of the mixture, in documents' tokens, relative to the other sources' weights."""
+    packages: bool = False
+    """stdlib only: also the installed packages' sources."""
+    on_bad_bytes: Literal["error", "replace", "skip"] = "error"
+    """What to do with text that is not UTF-8: stop and name the file, put U+FFFD, or leave the document out (counted)."""
+
+    @model_validator(mode="after")
+    def _path_given(self) -> Source:
+        if self.kind != "stdlib" and not self.path:
+            raise ValueError(f"a source of kind {self.kind!r} needs a path")
+        return self
+
+
+class TokenizerSection(Section):
+    """How text becomes token ids."""
+
+    kind: Literal["sentencepiece", "huggingface"] = "sentencepiece"
+    """`sentencepiece`: trained here on the sources, to model.vocab_size; `huggingface`: loaded from `path`."""
+    path: str | None = None
+    """huggingface: folder or Hub name. sentencepiece: an existing .model file instead of training one."""
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    """sentencepiece algorithm."""
+    train_bytes: Positive = 8_000_000
+    """How much text (bytes) the sentencepiece training reads."""
+
+    @model_validator(mode="after")
+    def _path_given(self) -> TokenizerSection:
+        if self.kind == "huggingface" and not self.path:
+            raise ValueError("a huggingface tokenizer needs a path (folder or Hub name)")
+        return self
+
+
+class DataSection(Section):
+    """What the network reads."""
+
+    sources: list[Source] = Field(default_factory=lambda: [Source()], min_length=1)
+    tokenizer: TokenizerSection = TokenizerSection()
+    store: str = "runs/store"
+    """Folder of token stores; each is built once under a name derived from sources, tokenizer and context."""
+    held_out: Fraction = 0.02
+    """Share of documents (chosen by content hash, so duplicates stay on one side) kept for validation."""
+    max_tokens: Positive | None = None
+    """Stop building the store after this many training tokens (null: all of the sources; required in effect for endless hub streams)."""
+    document_mask: bool = False
+    """Forbid attention across documents packed into one row."""
+    sampler: Hook = hook("shuffled")
+
+
+class AdamSection(Section):
+    """AdamW for embeddings, head, vectors and scalars (and everything when optim.name is adamw)."""
+
+    lr: Annotated[float, Field(gt=0.0)] | None = None
+    """Peak learning rate; optim.lr when null."""
+    weight_decay: Annotated[float, Field(ge=0.0)] | None = None
+    """Decoupled decay of matrices; optim.weight_decay when null. Vectors and scalars are never decayed."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+
+
+class OptimSection(Section):
+    """Optimizer, learning rate and its schedule."""
+
+    name: str = "muon"
+    """Optimizer hook: `muon` (matrices by Muon, the rest by AdamW), `adamw`, or package.module:Class."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the optimizer hook, checked against its signature (`mesokurt hooks`)."""
+    lr: Annotated[float, Field(gt=0.0)] = 5e-4
+    """Peak learning rate."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    adam: AdamSection = AdamSection()
+    schedule: Hook = hook("wsd")
+    warmup: NonNegative = 0
+    """Linear warm-up, in steps."""
+
+
+class TrainSection(Section):
+    """The loop. Batches are in sequences of model.context tokens."""
+
+    steps: Positive = 100
+    """Optimizer steps."""
+    global_batch: Positive = 32
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch: Positive = 8
+    """Sequences per forward on one rank; accumulation = global_batch / (micro_batch * ranks)."""
+    dtype: Literal["bf16", "fp32"] = "fp32"
+    """Arithmetic of matrix products. Parameters, gradients and optimizer states are float32 in both."""
+    clip_norm: Annotated[float, Field(gt=0.0)] | None = None
+    """Clip the raw gradient's global norm before any momentum sees it; null: never. Updates are never clipped."""
+    compile: bool = False
+    """torch.compile the decoder."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass."""
+    objective: Hook = hook("next_token")
+    log_every: Positive = 1
+    """Steps between rows of metrics.jsonl."""
+
+
+class ParallelSection(Section):
+    """How ranks share the work; read only when there are several."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """0: plain data parallel; 1, 2, 3: DeepSpeed ZeRO (partitioned optimizer, + gradients, + parameters)."""
+    timeout_seconds: Positive = 600
+    """How long a collective may wait for a peer."""
+
+
+class CheckpointSection(Section):
+    """When to save, and how many to keep."""
+
+    every: Positive | None = None
+    """Steps between checkpoints (the last step is always saved); null: only the last."""
+    keep: Positive = 2
+    """Newest checkpoints kept."""
+
+
+class EvalSection(Section):
+    """Held-out loss during training and the 4-bit table at its end."""
+
+    every: Positive | None = None
+    """Steps between held-out evaluations; null: only at the end."""
+    rows: Positive = 64
+    """Held-out rows (of model.context tokens) per evaluation."""
+    bits: list[BitsText] = Field(default_factory=lambda: ["16-16-16", "4-8-16", "4-8-8", "4-4-16", "4-4-4"])
+    """W-A-KV settings of the final table."""
+    hadamard: bool = True
+    """Also evaluate each setting with the Hadamard transform of the FFN hidden state."""
+
+
+class ExportSection(Section):
+    """What the run writes at its end."""
+
+    formats: list[Literal["hf", "bnb-nf4"]] = Field(default_factory=lambda: ["hf", "bnb-nf4"])
+    """`hf`: merged to a stock Llama; `bnb-nf4`: the same in 4 bits for stock transformers."""
+
+
+class ProbeSpec(HookSpec):
+    """A probe's name, options and cadence."""
+
+    every: Positive | None = None
+
+
+def _probe_from_yaml(value: Any) -> Any:
+    if isinstance(value, ProbeSpec):
+        return value
+    spec = _hook_from_yaml(value)
+    options = dict(spec.options)
+    every = options.pop("every", None)
+    return ProbeSpec(name=spec.name, options=options, every=every)
+
+
+def _probe_to_yaml(spec: ProbeSpec) -> str | dict[str, Any]:
+    every = {} if spec.every is None else {"every": spec.every}
+    return {"name": spec.name, **every, **spec.options} if every or spec.options else spec.name
+
+
+Probe = Annotated[ProbeSpec, BeforeValidator(_probe_from_yaml), PlainSerializer(_probe_to_yaml), WithJsonSchema(_HOOK_JSON_SCHEMA)]
+
+
+class RunConfig(Section):
+    """One run, whole: validated, frozen, saved beside its results."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    parallel: ParallelSection = ParallelSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+    export: ExportSection = ExportSection()
+    probes: list[Probe] = Field(default_factory=list)
+    """Diagnostics: NAME or {name: NAME, every: N, option: value}."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> RunConfig:
+        if self.train.global_batch % self.train.micro_batch:
+            raise ValueError(f"train.global_batch {self.train.global_batch} is not a multiple of train.micro_batch {self.train.micro_batch}")
+        if self.train.compile and self.parallel.zero_stage == 3:
+            raise ValueError("train.compile does not work with parallel.zero_stage 3 (parameters come and go); turn one off")
+        if self.optim.warmup > self.train.steps:
+            raise ValueError(f"optim.warmup {self.optim.warmup} is longer than train.steps {self.train.steps}")
+        return self
