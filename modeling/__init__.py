@@ -1,0 +1,1 @@
+"""What the network is: a decoder whose every part can be swapped; flat, one idea per file."""

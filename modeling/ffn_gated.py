@@ -1,0 +1,24 @@
+"""Gated feed-forward layer (SwiGLU when the activation is SiLU; Shazeer 2020)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .config import MesokurtConfig
+from .hooks import KINDS, build
+
+
+class GatedFFN(nn.Module):
+    """`W_down( act(W_gate x) * W_up x )`, no biases. `[B, T, D] -> [B, T, D]`."""
+
+    def __init__(self, config: MesokurtConfig, layer: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj.writes_residual = True
+        self.act_fn = build(KINDS["activation"], config.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to each position."""
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))

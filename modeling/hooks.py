@@ -1,0 +1,162 @@
+"""Hook tables of the network and the one mechanism behind every table: name -> class, options checked against its signature.
+
+A table maps a name to `"module:Class"`; a leading dot means relative to the table's own package, so that the files also work when
+they are shipped with a checkpoint. Nothing is imported until a name is resolved. A name outside the tables is `package.module:Class`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+NORMS = {
+    "rmsnorm": ".norms:RMSNorm",
+    "ssnorm": ".norms:SSNorm",
+    "simple": ".norms:SimpleNorm",
+}
+ACTIVATIONS = {
+    "silu": ".activations:SiLU",
+    "gelu": ".activations:GELU",
+    "relu": ".activations:ReLU",
+    "relu2": ".activations:ReLU2",
+}
+FFNS = {
+    "swiglu": ".ffn_gated:GatedFFN",
+    "mlp": ".ffn_mlp:MLP",
+}
+EMBEDDINGS = {
+    "plain": ".embeddings:PlainEmbedding",
+    "emb_proj": ".embeddings:EmbProj",
+}
+BLOCKS = {
+    "prenorm": ".blocks:PreNormBlock",
+    "parallel": ".blocks:ParallelBlock",
+}
+INITIALIZERS = {
+    "lecun_normal": ".initializers:LecunNormal",
+    "scaled_normal": ".initializers:ScaledNormal",
+}
+
+
+class HookError(ValueError):
+    """A hook name or option that does not exist, or does not fit its contract; the text lists what does."""
+
+
+@dataclass(frozen=True)
+class HookKind:
+    """One kind of hook: its table, where relative names live, and the constructor arguments that the framework supplies."""
+
+    name: str
+    table: dict[str, str]
+    supplied: tuple[str, ...]
+    contract: str
+    base: str = "torch.nn:Module"
+    package: str = __package__ or "modeling"
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        HookKind("norm", NORMS, ("width", "eps"), "[..., D] -> [..., D]"),
+        HookKind("activation", ACTIVATIONS, (), "elementwise, any shape"),
+        HookKind("ffn", FFNS, ("config", "layer"), "[B, T, D] -> [B, T, D], or (that, named auxiliary values)"),
+        HookKind("embedding", EMBEDDINGS, ("config",), "tokens [B, T] -> [B, T, D]; before_head: [B, T, D] -> [B, T, D]; merged(head)"),
+        HookKind("block", BLOCKS, ("config", "layer"), "[B, T, D] -> ([B, T, D], named auxiliary values)"),
+        HookKind("initializer", INITIALIZERS, ("config",), "fill_(name, parameter, module, generator) in place", base="builtins:object"),
+    )
+}
+
+
+def _load(target: str, package: str) -> Any:
+    module_name, _, attribute = target.partition(":")
+    module = importlib.import_module(module_name, package)
+    return getattr(module, attribute)
+
+
+def resolve(kind: HookKind, name: str) -> type:
+    """The class behind a hook name.
+
+    Raises:
+        HookError: unknown name (the near or known ones are listed), a class that cannot be imported, or one of the wrong type.
+    """
+    target = kind.table.get(name)
+    if target is None:
+        if ":" not in name:
+            near = difflib.get_close_matches(name, kind.table, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(kind.table)}"
+            raise HookError(f"unknown {kind.name} {name!r}; {hint} (or name a class as package.module:Class)")
+        target = name
+    try:
+        cls = _load(target, kind.package)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise HookError(f"{kind.name} {name!r} cannot be loaded: {error}") from None
+    if not (isinstance(cls, type) and issubclass(cls, _load(kind.base, kind.package))):
+        raise HookError(f"{kind.name} {name!r} is not a class derived from {kind.base.replace(':', '.')}")
+    return cls
+
+
+def option_types(kind: HookKind, cls: type) -> dict[str, inspect.Parameter]:
+    """The options a YAML may set: constructor parameters that the framework does not supply, with resolved annotations."""
+    if cls.__init__ is object.__init__:
+        return {}
+    signature = inspect.signature(cls.__init__)
+    hints = typing.get_type_hints(cls.__init__)
+    return {
+        name: parameter.replace(annotation=hints.get(name, Any))
+        for name, parameter in list(signature.parameters.items())[1:]
+        if name not in kind.supplied and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    origin = typing.get_origin(annotation)
+    if annotation is Any:
+        return True
+    if origin is typing.Literal:
+        return value in typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in typing.get_args(annotation))
+    if annotation is None or annotation is type(None):
+        return value is None
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    expected = origin or annotation
+    if expected is tuple:
+        return isinstance(value, (list, tuple))
+    return isinstance(value, expected) if isinstance(expected, type) else True
+
+
+def check(kind: HookKind, name: str, options: dict[str, Any]) -> type:
+    """The class behind `name`, after checking that `options` exist and have the right types.
+
+    Raises:
+        HookError: unknown hook, unknown option (the right ones are listed), wrong type, or a missing required option.
+    """
+    cls = resolve(kind, name)
+    known = option_types(kind, cls)
+    for option, value in options.items():
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=3, cutoff=0.5) or list(known)
+            raise HookError(f"{kind.name} {name!r} has no option {option!r}; options: {', '.join(near) or 'none'}")
+        if not _fits(value, known[option].annotation):
+            wanted = known[option].annotation
+            raise HookError(f"{kind.name} {name!r}: option {option} = {value!r} is not a {getattr(wanted, '__name__', wanted)}")
+    missing = [o for o, p in known.items() if p.default is inspect.Parameter.empty and o not in options]
+    if missing:
+        raise HookError(f"{kind.name} {name!r} needs the option {', '.join(missing)}")
+    return cls
+
+
+def build(kind: HookKind, spec: dict[str, Any], **supplied: Any) -> Any:
+    """Construct a hook from `{"name": ..., "options": {...}}` and the arguments that the framework supplies."""
+    cls = check(kind, spec["name"], spec.get("options", {}))
+    accepted = inspect.signature(cls.__init__).parameters if cls.__init__ is not object.__init__ else {}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    return cls(**{k: v for k, v in supplied.items() if k in accepted or takes_all}, **spec.get("options", {}))
