@@ -1,0 +1,1 @@
+"""How few bits it survives: number formats, fake quantization, evaluation and export."""

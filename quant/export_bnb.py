@@ -1,0 +1,139 @@
+"""Export to bitsandbytes NF4: four bits on disk, loadable by stock transformers and by serving engines."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from configs.errors import UserError
+
+NF4_BLOCK = 64
+# The output rows that bitsandbytes' AVX512-BF16 kernel handles together.
+CPU_ROWS = 32
+_TOKENIZER_FILES = (
+    "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NF4Export:
+    """Where the export lies, how many linear layers were packed, and what its user should know."""
+
+    path: Path
+    packed_layers: int
+    notes: tuple[str, ...]
+
+
+def _check_source(source: Path) -> None:
+    config_file = source / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"{source} has no config.json: give a folder with an exported Hugging Face model")
+    if not list(source.glob("*.safetensors")):
+        raise UserError(f"{source} has no .safetensors file: export the model with safetensors weights first")
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    if "quantization_config" in config:
+        raise UserError(f"{config_file} is of a model that is quantized already: give the full-precision one")
+
+
+def _load(folder: Path, compute_dtype: torch.dtype, **settings: BitsAndBytesConfig) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=compute_dtype,
+        device_map={"": "cpu"},
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        **settings,
+    )
+    return cast(PreTrainedModel, model).eval()
+
+
+@torch.inference_mode()
+def _probe_logits(model: PreTrainedModel) -> Tensor:
+    """Logits `[2, 16, V]` on a fixed, spread set of token ids, computed the portable way.
+
+    On CPUs with AVX512-BF16 a forward in eval mode repacks the weights, rounds their scales to bfloat16, and fails on
+    sizes its kernel does not know. That would test the machine, not the file.
+    """
+    for layer in _packed_layers(model).values():
+        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    tokens = (torch.arange(32) * 7919) % model.config.get_text_config().vocab_size
+    return model(input_ids=tokens.view(2, 16), use_cache=False).logits
+
+
+def _packed_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The linear layers whose weights are stored in 4 bits."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.weight.dtype == torch.uint8
+    }
+
+
+def _size_notes(packed: dict[str, nn.Linear]) -> list[str]:
+    """What to know of layers whose sizes do not suit NF4, by name."""
+    notes = []
+    for name, layer in packed.items():
+        if layer.in_features % NF4_BLOCK:
+            notes.append(
+                f"{name} has {layer.in_features} inputs, not a multiple of {NF4_BLOCK}: its NF4 blocks straddle rows: "
+                "it cannot be sharded cleanly, nor run by bitsandbytes on CPUs with AVX512-BF16"
+            )
+        elif layer.out_features % CPU_ROWS:
+            notes.append(
+                f"{name} has {layer.out_features} outputs, not a multiple of {CPU_ROWS}: bitsandbytes cannot run it on "
+                "CPUs with AVX512-BF16"
+            )
+    return notes
+
+
+def _copy_tokenizer(source: Path, target: Path) -> list[str]:
+    files = {file for pattern in _TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()}
+    for file in sorted(files):
+        shutil.copy2(file, target / file.name)
+    return [] if files else [f"{source} has no tokenizer files, so the export has none either"]
+
+
+def export_bnb_nf4(hf_dir: str | Path, out_dir: str | Path, compute_dtype: torch.dtype = torch.bfloat16) -> NF4Export:
+    """Pack a plain Hugging Face causal LM in NF4 with double quantization, on the CPU, and check what was written.
+
+    Embeddings and head stay in `compute_dtype` (bfloat16 or float32). `out_dir` appears only when the reloaded model
+    gives bit-identical logits. Raises UserError for a source that is not such a folder, a target that holds something,
+    another dtype, and a failed check.
+    """
+    source, target = Path(hf_dir), Path(out_dir).resolve()
+    _check_source(source)
+    if compute_dtype not in (torch.bfloat16, torch.float32):
+        raise UserError(f"compute dtype {compute_dtype}: NF4 export takes bfloat16 or float32", exit_code=2)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not an empty folder: choose another one or remove it")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+    model = _load(source, compute_dtype, quantization_config=settings)
+    packed = _packed_layers(model)
+    if not packed:
+        raise UserError(f"{source}: bitsandbytes found no linear layer to pack in {type(model).__name__}")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        notes = _size_notes(packed) + _copy_tokenizer(source, partial)
+        if not torch.equal(_probe_logits(_load(partial, compute_dtype)), _probe_logits(model)):
+            raise UserError(f"{source}: the NF4 model changes its logits when saved and reloaded; nothing was exported")
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return NF4Export(target, len(packed), tuple(notes))
