@@ -1,0 +1,1 @@
+"""What is measured: probes, symmetry tests, reproductions of papers and the run report."""

@@ -1,0 +1,12 @@
+"""Hook table of probes."""
+
+from __future__ import annotations
+
+from modeling.hooks import HookKind
+
+PROBES = {
+    "kurtosis": "analysis.probes.kurtosis:Kurtosis",
+}
+
+PROBE = HookKind("probe", PROBES, (), "torchmetrics.Metric over tapped activations", base="analysis.probes.base:Probe")
+KINDS = {PROBE.name: PROBE}

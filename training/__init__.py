@@ -1,0 +1,1 @@
+"""How a network learns: the loop, engine, data, optimizers, objectives and checkpoints."""

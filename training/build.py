@@ -1,0 +1,94 @@
+"""From a run's config to its parts: every hook is resolved and its options checked before anything is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from analysis.hooks import PROBE
+from analysis.probes.base import Probe
+from configs.errors import ConfigError
+from configs.schema import HookSpec, RunConfig
+from modeling.config import MesokurtConfig
+from modeling.decoder import MesokurtForCausalLM
+from modeling.hooks import KINDS, HookError, HookKind, build, check
+from training.hooks import OBJECTIVE, OPTIMIZER, SAMPLER, SCHEDULE
+from training.optim.routed import AdamSettings, RoutedOptimizer
+from training.optim.routing import Route, route
+from training.optim.schedules import Schedule
+
+
+def _spec(hook: HookSpec) -> dict[str, Any]:
+    return {"name": hook.name, "options": dict(hook.options)}
+
+
+def check_hooks(config: RunConfig) -> None:
+    """Resolve every hook that the config names and check its options.
+
+    Raises:
+        ConfigError: unknown hook or option (near names are listed), or an option of the wrong type.
+    """
+    model_hooks = [(f"model.{name}", kind, getattr(config.model, name)) for name, kind in KINDS.items()]
+    named: list[tuple[str, HookKind, HookSpec]] = [
+        *model_hooks,
+        ("optim.name", OPTIMIZER, HookSpec(name=config.optim.name, options=config.optim.options)),
+        ("optim.schedule", SCHEDULE, config.optim.schedule),
+        ("data.sampler", SAMPLER, config.data.sampler),
+        ("train.objective", OBJECTIVE, config.train.objective),
+        *((f"probes.{i}", PROBE, probe) for i, probe in enumerate(config.probes)),
+    ]
+    for key, kind, hook in named:
+        try:
+            check(kind, hook.name, hook.options)
+        except HookError as error:
+            raise ConfigError(f"{key}: {error}") from None
+
+
+def model_config(config: RunConfig, eod_id: int | None = None) -> MesokurtConfig:
+    """The network's own configuration."""
+    m = config.model
+    return MesokurtConfig(
+        vocab_size=m.vocab_size,
+        hidden_size=m.width,
+        intermediate_size=m.resolved_ffn_width,
+        num_hidden_layers=m.layers,
+        num_attention_heads=m.heads,
+        num_key_value_heads=m.resolved_kv_heads,
+        max_position_embeddings=m.context,
+        rope_theta=m.rope_theta,
+        rms_norm_eps=m.norm_eps,
+        tie_word_embeddings=m.tie_embeddings,
+        seed=config.run.seed,
+        bos_token_id=eod_id,
+        eos_token_id=eod_id,
+        **{name: _spec(getattr(m, name)) for name in KINDS},
+    )
+
+
+def build_model(config: RunConfig, eod_id: int | None = None) -> MesokurtForCausalLM:
+    """A freshly initialized network; its weights depend only on (run.seed, parameter name)."""
+    model = MesokurtForCausalLM(model_config(config, eod_id))
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def build_optimizer(config: RunConfig, model: MesokurtForCausalLM) -> tuple[RoutedOptimizer, list[Route]]:
+    """The optimizer and the routes that its receipt prints."""
+    o = config.optim
+    cls = check(OPTIMIZER, o.name, o.options)
+    assert issubclass(cls, RoutedOptimizer)
+    routes = route(model, cls.algorithms(**o.options), split_heads=bool(o.options.get("split_heads", False)))
+    decay = o.weight_decay if o.adam.weight_decay is None else o.adam.weight_decay
+    adam = AdamSettings(o.adam.lr or o.lr, decay, o.adam.betas, o.adam.eps)
+    spec = {"name": o.name, "options": o.options}
+    return build(OPTIMIZER, spec, routes=routes, lr=o.lr, weight_decay=o.weight_decay, adam=adam), routes
+
+
+def build_probes(config: RunConfig) -> list[tuple[Probe, int | None]]:
+    """Each probe with its cadence in steps (None: only after the last step)."""
+    return [(build(PROBE, _spec(probe)), probe.every) for probe in config.probes]
+
+
+def build_schedule(config: RunConfig) -> Schedule:
+    """The learning-rate factor as a function of the step."""
+    return build(SCHEDULE, _spec(config.optim.schedule), steps=config.train.steps, warmup=config.optim.warmup)

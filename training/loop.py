@@ -1,0 +1,137 @@
+"""The training loop, one call per stage: batch, loss, backward, step, then whatever is due at this step."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from analysis.probes.base import Probe
+from configs.schema import RunConfig
+from training.checkpoint import Progress, save
+from training.data.loader import Loader, document_ids
+from training.data.store import TokenStore
+from training.engine import Engine
+from training.heldout import heldout_loss
+from training.metrics import MetricsLog, Row
+from training.optim.schedules import Schedule
+from training.progress import ProgressBar
+from training.run_directory import RunDirectory
+
+
+@dataclass
+class Trainer:
+    """Everything a step needs; `run` is the loop."""
+
+    config: RunConfig
+    engine: Engine
+    schedule: Schedule
+    objective: Any
+    store: TokenStore
+    loader: Loader
+    run_dir: RunDirectory
+    log: MetricsLog | None
+    bar: ProgressBar
+    probes: list[tuple[Probe, int | None]]
+    progress: Progress
+    flops_per_token: float
+    peak_flops: float
+    _parts: dict[str, Tensor] = field(default_factory=dict)
+    _steps_since_log: int = 0
+    _clock: float = field(default_factory=time.perf_counter)
+
+    def run(self) -> Progress:
+        """Train from where `progress` stands to `train.steps`."""
+        self.engine.model.train()
+        for index in range(self.progress.step, self.config.train.steps):
+            self.engine.optimizer.set_lr_factor(self.schedule(index))
+            self.forward_backward(index)
+            norm = self.engine.step()
+            self.count(index + 1, norm)
+            row = self.measure(index + 1, norm)
+            self.write(row)
+            self.save_if_due(index + 1)
+        return self.progress
+
+    def forward_backward(self, index: int) -> None:
+        """Gradients of the mean loss over this rank's share of global batch `index`; named parts are summed for the log."""
+        batches = self.loader.batches(index)
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            if self.config.data.document_mask:
+                batch["document_ids"] = document_ids(batch["tokens"][:, :-1], self.store.eod_id)
+            with self.engine.accumulating(last):
+                loss = self.objective(self.engine.model, batch)
+                self.engine.backward(loss.total, last)
+            for name, value in loss.parts.items():
+                self._parts[name] = self._parts.get(name, torch.zeros_like(value)) + value / len(batches)
+
+    def count(self, step: int, norm: float) -> None:
+        """Advance the run's position; an update that was skipped for a non-finite gradient is counted as such."""
+        per_step = self.config.train.global_batch * self.config.model.context
+        skipped = self.progress.skipped + (0 if math.isfinite(norm) else 1)
+        self.progress = Progress(step, step * per_step, skipped)
+        self._steps_since_log += 1
+
+    def due(self, step: int, every: int | None) -> bool:
+        """Whether something with this cadence happens after `step` updates; everything happens after the last one."""
+        return step == self.config.train.steps or (every is not None and step % every == 0)
+
+    def measure(self, step: int, norm: float) -> Row:
+        """The row of this step: empty unless something is due."""
+        row: Row = {}
+        if self.due(step, self.config.train.log_every):
+            row |= self.training_row(norm)
+        if self.due(step, self.config.eval.every):
+            row |= heldout_loss(self.engine, self.store, self.config.eval.rows, self.config.train.micro_batch)
+        for probe, every in self.probes:
+            if self.due(step, every):
+                row |= self.observe(probe)
+        return row
+
+    def training_row(self, norm: float) -> Row:
+        """Losses (means over ranks and the steps since the last row), learning rate, gradient norm and speed."""
+        names = list(self._parts)
+        values = self.engine.mean(torch.stack([self._parts[name].float() for name in names]) / self._steps_since_log)
+        now = time.perf_counter()
+        seconds = now - self._clock
+        tokens = self._steps_since_log * self.config.train.global_batch * self.config.model.context
+        self._parts, self._steps_since_log, self._clock = {}, 0, now
+        rate = tokens / seconds
+        return {
+            **dict(zip(names, values.tolist(), strict=True)),
+            "lr": self.engine.optimizer.param_groups[0]["lr"],
+            "grad_norm": norm,
+            "skipped": self.progress.skipped,
+            "tokens_per_second": rate,
+            "mfu": rate * self.flops_per_token / (self.peak_flops * self.engine.world_size),
+        }
+
+    def observe(self, probe: Probe) -> Row:
+        """One probe on this rank's share of fixed held-out rows, reduced over ranks; training is left as it was."""
+        engine, count = self.engine, min(self.config.train.micro_batch * engine.world_size, self.store.num_rows("held_out"))
+        rows = list(range(engine.rank, count, engine.world_size)) or [0]
+        tokens = self.store.rows("held_out", np.array(rows))[:, :-1].to(engine.device)
+        with torch.compiler.set_stance("force_eager"):  # compiled code would not see the probe's hooks
+            probe.observe(engine.module, tokens)
+        found = probe.compute()
+        probe.reset()
+        return found
+
+    def write(self, row: Row) -> None:
+        """Log a row that has anything in it."""
+        if row:
+            whole = {"step": self.progress.step, "tokens": self.progress.tokens, **row}
+            if self.log is not None:
+                self.log.write(whole)
+            self.bar.show(whole)
+
+    def save_if_due(self, step: int) -> None:
+        """Checkpoint at its cadence and after the last step."""
+        if self.due(step, self.config.checkpoint.every):
+            save(self.engine, self.run_dir.checkpoints, self.progress, self.store.tokenizer_folder, self.config.checkpoint.keep)

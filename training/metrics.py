@@ -1,0 +1,66 @@
+"""Where a run's numbers go: metrics.jsonl and TensorBoard always, Weights & Biases if it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from configs.loading import to_tree
+from configs.schema import RunConfig
+
+Row = dict[str, Any]
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """Rows of a metrics.jsonl; a last line cut off by a crash is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+class MetricsLog:
+    """One row per logged step; on resume, rows after the resumed step are dropped, so that the file reads like one run."""
+
+    def __init__(self, config: RunConfig, folder: Path, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        partial.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
+        self._wandb = None
+        if importlib.util.find_spec("wandb") is not None:
+            import wandb
+
+            mode = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
+            self._wandb = wandb.init(name=config.run.name, dir=str(folder), config=to_tree(config), mode=mode, resume="allow")
+
+    def write(self, row: Row) -> None:
+        """Append one row; lists (per-layer values) go to the file only. Non-finite numbers are written as text, which JSON lacks."""
+        clean = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        scalars = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=row["step"])
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        self._file.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()

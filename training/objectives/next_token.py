@@ -1,0 +1,23 @@
+"""Next-token prediction."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from modeling.decoder import token_loss
+from training.objectives.loss import Loss
+
+
+class NextToken:
+    """Mean cross-entropy (nats per token) of tokens 1..T given those before, plus the layers' named auxiliary losses."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
+        """`batch["tokens"]` is `[B, T + 1]`; optional `batch["document_ids"]` `[B, T]` keeps attention inside documents."""
+        tokens = batch["tokens"]
+        output = model(tokens[:, :-1], document_ids=batch.get("document_ids"), use_cache=False)
+        prediction = token_loss(output.logits, tokens[:, 1:])
+        extra = {name: value for name, value in (output.auxiliary or {}).items() if name.startswith("loss/")}
+        total = prediction
+        for value in extra.values():
+            total = total + value
+        return Loss(total, {"loss": prediction.detach(), **{name: value.detach() for name, value in extra.items()}})

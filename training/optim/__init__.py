@@ -1,0 +1,1 @@
+"""Optimizers, their parameter routing, and learning-rate schedules."""

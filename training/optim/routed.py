@@ -1,0 +1,99 @@
+"""The base of every optimizer hook: parameters grouped by algorithm, AdamW built in, states that follow the parameters' layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from training.optim.layout import Layout
+from training.optim.routing import Role, Route
+
+
+@dataclass(frozen=True)
+class AdamSettings:
+    """AdamW's learning rate, decoupled decay, betas and epsilon."""
+
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+
+
+class RoutedOptimizer(torch.optim.Optimizer):
+    """Groups routes by (algorithm, decayed); each algorithm is a method `group, tensors -> None`.
+
+    Subclasses state `algorithms` (role -> algorithm) and add entries to `updates`. Under ZeRO, `layout` is replaced after the
+    engine has cut the parameters into flat shards; the same code then runs on the shards.
+    """
+
+    needs_whole_matrices: ClassVar[bool] = False
+
+    def __init__(self, routes: list[Route], lr: float, weight_decay: float, adam: AdamSettings) -> None:
+        groups = []
+        for algorithm, decayed in dict.fromkeys((r.algorithm, r.decayed) for r in routes):
+            members = [r for r in routes if (r.algorithm, r.decayed) == (algorithm, decayed)]
+            rate, decay = (adam.lr, adam.weight_decay) if algorithm == "adamw" else (lr, weight_decay)
+            groups.append(
+                {
+                    "params": [r.parameter for r in members],
+                    "algorithm": algorithm,
+                    "lr": rate,
+                    "peak_lr": rate,
+                    "weight_decay": decay if decayed else 0.0,
+                }
+            )
+        self.adam = adam
+        self.routes = {r.name: r for r in routes}
+        super().__init__(groups, {})
+        sizes = {r.name: r.parameter.numel() for r in routes}
+        self.layout = Layout(sizes, {id(r.parameter): r.name for r in routes})
+        self.updates: dict[str, Callable[[dict[str, Any], list[Tensor]], None]] = {"adamw": self._adamw}
+
+    @classmethod
+    def algorithms(cls, **options: Any) -> Mapping[Role, str]:
+        """Which algorithm trains each role."""
+        raise NotImplementedError
+
+    def set_lr_factor(self, factor: float) -> None:
+        """Every group's learning rate = its own peak times `factor`."""
+        for group in self.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every tensor that has a gradient."""
+        assert closure is None, "closures are not supported"
+        for group in self.param_groups:
+            tensors = [p for p in group["params"] if p.grad is not None]
+            if tensors:
+                self.updates[group["algorithm"]](group, tensors)
+
+    def _adamw(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
+        """Decoupled-decay Adam (Loshchilov & Hutter 2019), torch's own kernel."""
+        for tensor in tensors:
+            if not self.state[tensor]:
+                self.state[tensor]["step"] = torch.zeros((), dtype=torch.float32)
+                self.state[tensor]["exp_avg"] = torch.zeros_like(tensor)
+                self.state[tensor]["exp_avg_sq"] = torch.zeros_like(tensor)
+        states = [self.state[tensor] for tensor in tensors]
+        adamw(
+            tensors,
+            [tensor.grad for tensor in tensors],  # type: ignore[misc]
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            foreach=True,
+            amsgrad=False,
+            beta1=self.adam.betas[0],
+            beta2=self.adam.betas[1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=self.adam.eps,
+            maximize=False,
+        )

@@ -1,0 +1,56 @@
+"""Learning-rate factors: pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+
+
+class Schedule:
+    """Linear warm-up to 1 over `warmup` steps, then what the subclass says. Step 0 is the first update."""
+
+    def __init__(self, steps: int, warmup: int) -> None:
+        self.steps, self.warmup = steps, warmup
+
+    def after_warmup(self, step: int) -> float:
+        """Factor at `step >= warmup`."""
+        raise NotImplementedError
+
+    def __call__(self, step: int) -> float:
+        """Factor on the peak learning rate at `step`."""
+        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        return warm * self.after_warmup(step)
+
+
+class Constant(Schedule):
+    """1 after the warm-up."""
+
+    def after_warmup(self, step: int) -> float:
+        """Always 1."""
+        return 1.0
+
+
+class WSD(Schedule):
+    """Warm-up, stable, then linear decay over the last `decay_fraction` of the steps to `final` (trapezoidal; MiniCPM, SmolLM)."""
+
+    def __init__(self, steps: int, warmup: int, decay_fraction: float = 0.2, final: float = 0.0) -> None:
+        super().__init__(steps, warmup)
+        self.decay_steps = max(1, round(steps * decay_fraction))
+        self.final = final
+
+    def after_warmup(self, step: int) -> float:
+        """1, then down a line that would reach `final` at `steps`."""
+        left = (self.steps - step) / self.decay_steps
+        return self.final + (1.0 - self.final) * max(0.0, min(1.0, left))
+
+
+class Cosine(Schedule):
+    """Half a cosine from 1 at the end of the warm-up to `final` at `steps` (Loshchilov & Hutter 2017)."""
+
+    def __init__(self, steps: int, warmup: int, final: float = 0.1) -> None:
+        super().__init__(steps, warmup)
+        self.final = final
+
+    def after_warmup(self, step: int) -> float:
+        """Cosine factor."""
+        progress = min(1.0, max(0.0, (step - self.warmup) / max(1, self.steps - self.warmup)))
+        return self.final + (1.0 - self.final) * 0.5 * (1.0 + math.cos(math.pi * progress))

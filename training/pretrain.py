@@ -1,0 +1,146 @@
+"""Pretrain one run from its config: data, model, engine, loop, then evaluation, export and report.
+
+Started by `mesokurt pretrain`, `launch/pretrain.sh`, deepspeed, torchrun or srun; every rank runs this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from configs.errors import run_or_exit
+from configs.loading import load_config
+from configs.schema import RunConfig
+from modeling.decoder import MesokurtForCausalLM
+from modeling.hooks import build
+from training.build import build_model, build_optimizer, build_probes, build_schedule, check_hooks
+from training.checkpoint import Progress, check_architecture, load_training_state, load_weights, newest_valid
+from training.data.loader import Loader
+from training.data.prepare import prepare
+from training.data.store import TokenStore
+from training.engine import Engine, accumulation, start, zero_stage
+from training.finish import finish
+from training.hooks import OBJECTIVE, SAMPLER
+from training.loop import Trainer
+from training.metrics import MetricsLog
+from training.optim.routing import receipt
+from training.progress import ProgressBar
+from training.rendezvous import RankEnvironment, export_rank_environment, read_rank_environment
+from training.run_directory import RunDirectory
+from training.throughput import flops_per_token, matmul_rate
+
+DEFAULT_CONFIG = "quickstart"
+
+
+def pretrain(config: RunConfig) -> Path:
+    """Run (or resume) a config to its last step; returns the run directory.
+
+    Raises:
+        UserError: anything a user can mend, in one line.
+    """
+    ranks = read_rank_environment()
+    export_rank_environment(ranks)
+    main = ranks.rank == 0
+    check_hooks(config)
+    accumulation(config, ranks.world_size)
+    run_dir = RunDirectory(config, main)
+    store = prepare(config, progress=main)
+    torch.manual_seed(config.run.seed)
+
+    model = build_model(config, store.eod_id)
+    checkpoint = newest_valid(run_dir.path)
+    if checkpoint is not None:
+        check_architecture(checkpoint, model.config)
+        load_weights(checkpoint, model)
+    optimizer, routes = build_optimizer(config, model)
+    if main:
+        (run_dir.path / "receipt.txt").write_text(receipt(routes) + "\n")
+        describe(config, model, ranks, receipt(routes))
+
+    accelerator = start(config, ranks)
+    engine = Engine(config, accelerator, model, optimizer)
+    progress = load_training_state(checkpoint, engine) if checkpoint else Progress(0, 0)
+    if progress.step and main:
+        print(f"resuming from {checkpoint} after step {progress.step}")
+    if progress.step < config.train.steps:
+        train(config, engine, store, run_dir, progress)
+    engine.close()
+    if main:
+        finish(config, store)
+    return run_dir.path
+
+
+def train(config: RunConfig, engine: Engine, store: TokenStore, run_dir: RunDirectory, progress: Progress) -> None:
+    """Build the loop's parts and run it."""
+    sampler_spec = {"name": config.data.sampler.name, "options": config.data.sampler.options}
+    sampler = build(SAMPLER, sampler_spec, num_rows=store.num_rows("train"), seed=config.run.seed)
+    batch = config.train
+    loader = Loader(store, sampler, batch.global_batch, batch.micro_batch, engine.rank, engine.world_size, engine.device)
+    dtype = torch.bfloat16 if batch.dtype == "bf16" else torch.float32
+    log = MetricsLog(config, run_dir.path, progress.step) if engine.is_main else None
+    bar = ProgressBar(batch.steps, progress.step, engine.is_main)
+    trainer = Trainer(
+        config=config,
+        engine=engine,
+        schedule=build_schedule(config),
+        objective=build(OBJECTIVE, {"name": batch.objective.name, "options": batch.objective.options}),
+        store=store,
+        loader=loader,
+        run_dir=run_dir,
+        log=log,
+        bar=bar,
+        probes=build_probes(config),
+        progress=progress,
+        flops_per_token=flops_per_token(engine.module, engine.module.config),
+        peak_flops=matmul_rate(engine.device, dtype),
+    )
+    try:
+        trainer.run()
+    finally:
+        loader.close()
+        bar.close()
+        if log is not None:
+            log.close()
+
+
+def describe(config: RunConfig, model: MesokurtForCausalLM, ranks: RankEnvironment, routes: str) -> None:
+    """Print what is about to run, each derived number with its formula."""
+    t, m = config.train, config.model
+    tokens = t.global_batch * m.context
+    accumulate = accumulation(config, ranks.world_size)
+    print(routes)
+    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
+    print(f"ranks: {ranks.world_size}, ZeRO stage {zero_stage(config, ranks)}, arithmetic {t.dtype}")
+    print(f"accumulation: {accumulate} = global_batch {t.global_batch} / (micro_batch {t.micro_batch} * {ranks.world_size} ranks)")
+    print(f"tokens: {tokens * t.steps:,} = {t.steps} steps * {t.global_batch} sequences * {m.context} tokens", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of one rank."""
+    parser = argparse.ArgumentParser(prog="mesokurt pretrain", description=__doc__)
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file or the bare name of one in configs/ (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.steps=50")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    arguments = parser.parse_intermixed_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(levelname)s: %(message)s")
+
+    def command() -> int:
+        pretrain(load_config(arguments.config, arguments.overrides))
+        return 0
+
+    code = run_or_exit(command, arguments.debug)
+    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stderr.flush()
+        os._exit(code)  # do not wait in a collective for peers that may be gone
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""A run's folder: claimed by one config and one job, described well enough to be repeated."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from configs.errors import ConfigError, UserError
+from configs.loading import differences, dump_config, load_config
+from configs.schema import RunConfig
+
+# What may change between the parts of one run without making it another run.
+MAY_CHANGE = ("run.dir", "run.name", "parallel.", "checkpoint.", "eval.", "export.", "train.micro_batch", "train.log_every", "train.compile", "data.store")
+PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "bitsandbytes", "datasets", "sentencepiece", "torchmetrics", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for `environment.json` and measured results."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    accelerator = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": accelerator,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+class RunDirectory:
+    """Creates or re-opens `run.dir`.
+
+    Raises:
+        ConfigError: the folder belongs to a run with another config (the keys that differ are named).
+        UserError: another live job holds the folder, or it cannot be written.
+    """
+
+    def __init__(self, config: RunConfig, main_process: bool = True) -> None:
+        self.path = Path(config.run.dir)
+        self.checkpoints = self.path / "checkpoints"
+        self.export = self.path / "export"
+        self._lock: IO[str] | None = None
+        if not main_process:
+            return
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / "lock").open("w")
+        except OSError as error:
+            raise UserError(f"run.dir {self.path}: cannot be written ({error.strerror}); choose another run.dir") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run.dir {self.path}: another job is using it; wait for it or choose another run.dir") from None
+        self._claim(config)
+
+    def _claim(self, config: RunConfig) -> None:
+        saved = self.path / "config.yaml"
+        if saved.exists():
+            changed = [
+                f"{key} was {old!r}, now {new!r}"
+                for key, old, new in differences(load_config(saved), config)
+                if not key.startswith(MAY_CHANGE)
+            ]
+            if changed:
+                raise ConfigError(
+                    f"run.dir {self.path} belongs to a different config ({'; '.join(changed[:3])}); choose another run.dir or restore the config"
+                )
+        partial = saved.with_suffix(".partial")
+        partial.write_text(dump_config(config), encoding="utf-8")
+        partial.replace(saved)
+        (self.path / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
