@@ -1,0 +1,1 @@
+"""How it starts: the mesokurt command, launch scripts and preflight checks."""
