@@ -6,6 +6,7 @@ from modeling.hooks import HookKind
 
 PROBES = {
     "kurtosis": "analysis.probes.kurtosis:Kurtosis",
+    "activation_histogram": "analysis.probes.histogram:ActivationHistogram",
 }
 
 PROBE = HookKind("probe", PROBES, (), "torchmetrics.Metric over tapped activations", base="analysis.probes.base:Probe")

@@ -21,13 +21,15 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 5e-4 as a number (YAML 1.1 does not) and refuses a key given twice."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
 
 
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node)
         if not isinstance(key, str):
             raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
         if key in seen:
@@ -70,7 +72,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        same_hook = isinstance(value, dict) and isinstance(old, dict) and value.get("name", old.get("name")) == old.get("name")
+        same_hook = (
+            isinstance(value, dict) and isinstance(old, dict) and value.get("name", old.get("name")) == old.get("name")
+        )
         merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) and same_hook else value
     return merged
 
@@ -121,7 +125,11 @@ def _known_keys(location: Sequence[int | str]) -> list[str]:
         field = model.model_fields.get(part)
         if field is None:
             return []
-        nested = [a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        nested = [
+            a
+            for a in (field.annotation, *get_args(field.annotation))
+            if isinstance(a, type) and issubclass(a, BaseModel)
+        ]
         if not nested:
             return []
         model = nested[0]
@@ -131,7 +139,7 @@ def _known_keys(location: Sequence[int | str]) -> list[str]:
 def _explain(error: ValidationError, where: str) -> ConfigError:
     lines = []
     for item in error.errors(include_url=False)[:3]:
-        location = [part for part in item["loc"]]
+        location = list(item["loc"])
         key = ".".join(str(part) for part in location) or "config"
         if item["type"] == "extra_forbidden":
             known = _known_keys(location[:-1])

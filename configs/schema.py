@@ -14,7 +14,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 class Section(BaseModel):
     """A strict, frozen group of keys; the string under each field is its documentation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class HookSpec(BaseModel):
@@ -41,8 +43,12 @@ def _hook_to_yaml(spec: HookSpec) -> str | dict[str, Any]:
     return {"name": spec.name, **spec.options} if spec.options else spec.name
 
 
-_HOOK_JSON_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}]}
-Hook = Annotated[HookSpec, BeforeValidator(_hook_from_yaml), PlainSerializer(_hook_to_yaml), WithJsonSchema(_HOOK_JSON_SCHEMA)]
+_HOOK_JSON_SCHEMA = {
+    "anyOf": [{"type": "string"}, {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}]
+}
+Hook = Annotated[
+    HookSpec, BeforeValidator(_hook_from_yaml), PlainSerializer(_hook_to_yaml), WithJsonSchema(_HOOK_JSON_SCHEMA)
+]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -104,11 +110,15 @@ class ModelSection(Section):
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if (self.width // self.heads) % 2:
-            raise ValueError(f"head size {self.width // self.heads} (width / heads) is odd; rotary embeddings need it even")
+            raise ValueError(
+                f"head size {self.width // self.heads} (width / heads) is odd; rotary embeddings need it even"
+            )
         if self.heads % self.resolved_kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.resolved_kv_heads}")
         if self.tie_embeddings and self.embedding.name == "emb_proj":
-            raise ValueError("tie_embeddings must be false with embedding emb_proj (merging it unties them); set model.tie_embeddings: false")
+            raise ValueError(
+                "tie_embeddings must be false with embedding emb_proj (merging it unties them); set model.tie_embeddings: false"
+            )
         return self
 
 
@@ -116,7 +126,8 @@ class Source(Section):
     """One source of documents."""
 
     kind: Literal["stdlib", "text", "jsonl", "parquet", "hub"] = "stdlib"
-    """`stdlib`: the running interpreter's standard-library sources; `text`: a file is a document; `jsonl`/`parquet`: a row is one; `hub`: a Hugging Face dataset, streamed."""
+    """`stdlib`: the running interpreter's standard-library sources; `text`: a file is a document; `jsonl`/`parquet`: a row is one;
+    `hub`: a Hugging Face dataset, streamed."""
     path: str | None = None
     """File, folder or glob (text, jsonl, parquet), or the dataset's repository (hub)."""
     subset: str | None = None
@@ -254,10 +265,17 @@ class EvalSection(Section):
     """Also evaluate each setting with the Hadamard transform of the FFN hidden state."""
 
 
+ExportFormat = Literal["hf", "bnb-nf4"]
+
+
+def _all_formats() -> list[ExportFormat]:
+    return ["hf", "bnb-nf4"]
+
+
 class ExportSection(Section):
     """What the run writes at its end."""
 
-    formats: list[Literal["hf", "bnb-nf4"]] = Field(default_factory=lambda: ["hf", "bnb-nf4"])
+    formats: list[ExportFormat] = Field(default_factory=_all_formats)
     """`hf`: merged to a stock Llama; `bnb-nf4`: the same in 4 bits for stock transformers."""
 
 
@@ -281,7 +299,9 @@ def _probe_to_yaml(spec: ProbeSpec) -> str | dict[str, Any]:
     return {"name": spec.name, **every, **spec.options} if every or spec.options else spec.name
 
 
-Probe = Annotated[ProbeSpec, BeforeValidator(_probe_from_yaml), PlainSerializer(_probe_to_yaml), WithJsonSchema(_HOOK_JSON_SCHEMA)]
+Probe = Annotated[
+    ProbeSpec, BeforeValidator(_probe_from_yaml), PlainSerializer(_probe_to_yaml), WithJsonSchema(_HOOK_JSON_SCHEMA)
+]
 
 
 class RunConfig(Section):
@@ -302,9 +322,13 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _batches_divide(self) -> RunConfig:
         if self.train.global_batch % self.train.micro_batch:
-            raise ValueError(f"train.global_batch {self.train.global_batch} is not a multiple of train.micro_batch {self.train.micro_batch}")
+            raise ValueError(
+                f"train.global_batch {self.train.global_batch} is not a multiple of train.micro_batch {self.train.micro_batch}"
+            )
         if self.train.compile and self.parallel.zero_stage == 3:
-            raise ValueError("train.compile does not work with parallel.zero_stage 3 (parameters come and go); turn one off")
+            raise ValueError(
+                "train.compile does not work with parallel.zero_stage 3 (parameters come and go); turn one off"
+            )
         if self.optim.warmup > self.train.steps:
             raise ValueError(f"optim.warmup {self.optim.warmup} is longer than train.steps {self.train.steps}")
         return self

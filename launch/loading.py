@@ -27,7 +27,8 @@ def _refuse_outside_hooks(folder: Path) -> None:
         name = spec.get("name", "") if isinstance(spec, dict) else str(spec)
         if ":" in name and not _named_by_run(folder, name):
             raise UserError(
-                f"{folder}: config.json names the {kind} {name}, a class outside the project; load it from the run directory whose config.yaml names it"
+                f"{folder}: config.json names the {kind} {name}, a class outside the project; "
+                "load it from the run directory whose config.yaml names it"
             )
 
 
@@ -84,7 +85,9 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, path: Path, window: int) ->
     tokens = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
     count = (len(tokens) - 1) // window
     if count < 1:
-        raise UserError(f"--text {path}: {len(tokens)} tokens are too few for one window of {window}; give a smaller --window")
+        raise UserError(
+            f"--text {path}: {len(tokens)} tokens are too few for one window of {window}; give a smaller --window"
+        )
     return tokens[: count * window + 1].unfold(0, window + 1, window), len(text.encode()) / len(tokens)
 
 

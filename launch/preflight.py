@@ -73,7 +73,13 @@ def inspect_config(config: RunConfig, ranks: int) -> Size:
     states = sum(STATE_FLOATS.get(name, 2) * count for name, count in by_algorithm.items())
     per_step = config.train.global_batch * config.model.context
     return Size(
-        total, by_algorithm, per_step * config.train.steps, per_step, ranks, _stage_bytes(total, states, ranks), _activation_bytes(config)
+        total,
+        by_algorithm,
+        per_step * config.train.steps,
+        per_step,
+        ranks,
+        _stage_bytes(total, states, ranks),
+        _activation_bytes(config),
     )
 
 

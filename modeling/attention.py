@@ -10,11 +10,18 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .config import MesokurtConfig
+from .linear import ResidualWriter
 from .rotary import rotate
 
 
 def eager_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Plain softmax attention, `[B, H, T, d]` -> `[B, T, H, d]` and the weights; softmax in float32 (float64 stays float64)."""
     groups = query.shape[1] // key.shape[1]
@@ -22,7 +29,9 @@ def eager_attention(
     scores = query @ key.transpose(2, 3) * scaling
     scores = scores if scores.dtype == torch.float64 else scores.float()
     if attention_mask is None:
-        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(scores.shape[-1] - scores.shape[-2])
+        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(
+            scores.shape[-1] - scores.shape[-2]
+        )
         scores = scores.masked_fill(~causal, float("-inf"))
     elif attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, float("-inf"))
@@ -47,8 +56,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
-        self.o_proj.writes_residual = True
+        self.o_proj = ResidualWriter(config.num_attention_heads * self.head_dim, config.hidden_size)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> Tensor:
         """Attend within `mask` (`[B, 1, T, S]` boolean or additive; plain causal when None), extending `cache`."""

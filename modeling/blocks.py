@@ -21,7 +21,9 @@ class PreNormBlock(GradientCheckpointingLayer):
         super().__init__()
         self.input_layernorm = build(KINDS["norm"], config.norm, width=config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = build(KINDS["norm"], config.norm, width=config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = build(
+            KINDS["norm"], config.norm, width=config.hidden_size, eps=config.rms_norm_eps
+        )
         self.mlp: nn.Module = build(KINDS["ffn"], config.ffn, config=config, layer=layer)
 
     def feed_forward(self, x: Tensor) -> tuple[Tensor, Auxiliary]:
@@ -29,7 +31,9 @@ class PreNormBlock(GradientCheckpointingLayer):
         result = self.mlp(x)
         return result if isinstance(result, tuple) else (result, {})
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> tuple[Tensor, Auxiliary]:
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, Auxiliary]:
         """One layer."""
         x = x + self.self_attn(self.input_layernorm(x), angles, mask, cache)
         update, auxiliary = self.feed_forward(self.post_attention_layernorm(x))
@@ -39,7 +43,9 @@ class PreNormBlock(GradientCheckpointingLayer):
 class ParallelBlock(PreNormBlock):
     """`x + attn(norm1(x)) + ffn(norm2(x))`: both branches read the same stream (GPT-J, PaLM)."""
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> tuple[Tensor, Auxiliary]:
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, Auxiliary]:
         """One layer."""
         update, auxiliary = self.feed_forward(self.post_attention_layernorm(x))
         return x + self.self_attn(self.input_layernorm(x), angles, mask, cache) + update, auxiliary

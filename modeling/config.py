@@ -24,7 +24,7 @@ class MesokurtConfig(PreTrainedConfig):
     """
 
     model_type = "mesokurt"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - as in the base class
 
     vocab_size: int = 4096
     hidden_size: int = 128
@@ -38,12 +38,12 @@ class MesokurtConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     use_cache: bool = True
-    norm: str | dict | None = "ssnorm"
-    activation: str | dict | None = "silu"
-    ffn: str | dict | None = "swiglu"
-    embedding: str | dict | None = "emb_proj"
-    block: str | dict | None = "prenorm"
-    initializer: str | dict | None = "lecun_normal"
+    norm: Any = "ssnorm"
+    activation: Any = "silu"
+    ffn: Any = "swiglu"
+    embedding: Any = "emb_proj"
+    block: Any = "prenorm"
+    initializer: Any = "lecun_normal"
     seed: int = 0
     pad_token_id: int | None = None
     bos_token_id: int | None = None

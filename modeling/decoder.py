@@ -62,7 +62,9 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = build(KINDS["embedding"], config.embedding, config=config)
         layers = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList([build(KINDS["block"], config.block, config=config, layer=layer) for layer in layers])
+        self.layers = nn.ModuleList(
+            [build(KINDS["block"], config.block, config=config, layer=layer) for layer in layers]
+        )
         self.norm = build(KINDS["norm"], config.norm, width=config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
@@ -88,7 +90,8 @@ class MesokurtForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = MesokurtConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("PreNormBlock",)
+    config: MesokurtConfig
+    _no_split_modules = ["PreNormBlock"]  # noqa: RUF012 - transformers reads a plain list
     _supports_sdpa = True
     _supports_attention_backend = True
     _tied_weights_keys = {"lm_head.weight": "model.embedding.tokens.weight"}  # noqa: RUF012 - transformers reads a plain dict
@@ -141,14 +144,13 @@ class MesokurtForCausalLM(PreTrainedModel, GenerationMixin):
         embeddings = self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if document_ids is not None:
-            mask = document_mask(document_ids)
-        else:
+        mask: Any = document_mask(document_ids) if document_ids is not None else None
+        if mask is None:
             mask = create_causal_mask(self.config, embeddings, attention_mask, past_key_values, position_ids)
         hidden, auxiliary, states = self.model(embeddings, mask, position_ids, past_key_values)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(self.model.embedding.before_head(hidden[:, keep]))
-        loss = None
+        loss: Any = None
         if labels is not None:
             loss = token_loss(logits[:, :-1], labels[:, 1:])
         return DecoderOutput(

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .config import MesokurtConfig
 from .hooks import KINDS, build
+from .linear import ResidualWriter
 
 
 class GatedFFN(nn.Module):
@@ -15,8 +16,7 @@ class GatedFFN(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.down_proj.writes_residual = True
+        self.down_proj = ResidualWriter(config.intermediate_size, config.hidden_size)
         self.act_fn = build(KINDS["activation"], config.activation)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,7 +18,11 @@ def sha256(path: Path) -> str:
 
 def write_manifest(folder: Path) -> None:
     """Record size and SHA-256 of every file in `folder` (written last, so its presence means that the folder is complete)."""
-    files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = {
+        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)}
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
 
 
@@ -69,4 +73,6 @@ def resolve(path: str | Path) -> Path:
             return candidate
         faults.append(f"{candidate.name}: {problem}")
     tried = f"; broken checkpoints: {', '.join(faults)}" if faults else ""
-    raise FileNotFoundError(f"{folder} is neither a model folder (config.json) nor a run directory with a valid checkpoint{tried}")
+    raise FileNotFoundError(
+        f"{folder} is neither a model folder (config.json) nor a run directory with a valid checkpoint{tried}"
+    )

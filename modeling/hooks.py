@@ -65,9 +65,20 @@ KINDS = {
         HookKind("norm", NORMS, ("width", "eps"), "[..., D] -> [..., D]"),
         HookKind("activation", ACTIVATIONS, (), "elementwise, any shape"),
         HookKind("ffn", FFNS, ("config", "layer"), "[B, T, D] -> [B, T, D], or (that, named auxiliary values)"),
-        HookKind("embedding", EMBEDDINGS, ("config",), "tokens [B, T] -> [B, T, D]; before_head: [B, T, D] -> [B, T, D]; merged(head)"),
+        HookKind(
+            "embedding",
+            EMBEDDINGS,
+            ("config",),
+            "tokens [B, T] -> [B, T, D]; before_head: [B, T, D] -> [B, T, D]; merged(head)",
+        ),
         HookKind("block", BLOCKS, ("config", "layer"), "[B, T, D] -> ([B, T, D], named auxiliary values)"),
-        HookKind("initializer", INITIALIZERS, ("config",), "fill_(name, parameter, module, generator) in place", base="builtins:object"),
+        HookKind(
+            "initializer",
+            INITIALIZERS,
+            ("config",),
+            "fill_(name, parameter, module, generator) in place",
+            base="builtins:object",
+        ),
     )
 }
 
@@ -100,12 +111,17 @@ def resolve(kind: HookKind, name: str) -> type:
     return cls
 
 
+def _owner_of_init(cls: type) -> type:
+    return next(base for base in cls.__mro__ if "__init__" in vars(base))
+
+
 def option_types(kind: HookKind, cls: type) -> dict[str, inspect.Parameter]:
     """The options a YAML may set: constructor parameters that the framework does not supply, with resolved annotations."""
-    if cls.__init__ is object.__init__:
+    constructor = vars(_owner_of_init(cls))["__init__"]
+    if constructor is object.__init__:
         return {}
-    signature = inspect.signature(cls.__init__)
-    hints = typing.get_type_hints(cls.__init__)
+    signature = inspect.signature(constructor)
+    hints = typing.get_type_hints(constructor)
     return {
         name: parameter.replace(annotation=hints.get(name, Any))
         for name, parameter in list(signature.parameters.items())[1:]
@@ -147,7 +163,9 @@ def check(kind: HookKind, name: str, options: dict[str, Any]) -> type:
             raise HookError(f"{kind.name} {name!r} has no option {option!r}; options: {', '.join(near) or 'none'}")
         if not _fits(value, known[option].annotation):
             wanted = known[option].annotation
-            raise HookError(f"{kind.name} {name!r}: option {option} = {value!r} is not a {getattr(wanted, '__name__', wanted)}")
+            raise HookError(
+                f"{kind.name} {name!r}: option {option} = {value!r} is not a {getattr(wanted, '__name__', wanted)}"
+            )
     missing = [o for o, p in known.items() if p.default is inspect.Parameter.empty and o not in options]
     if missing:
         raise HookError(f"{kind.name} {name!r} needs the option {', '.join(missing)}")
@@ -157,6 +175,6 @@ def check(kind: HookKind, name: str, options: dict[str, Any]) -> type:
 def build(kind: HookKind, spec: dict[str, Any], **supplied: Any) -> Any:
     """Construct a hook from `{"name": ..., "options": {...}}` and the arguments that the framework supplies."""
     cls = check(kind, spec["name"], spec.get("options", {}))
-    accepted = inspect.signature(cls.__init__).parameters if cls.__init__ is not object.__init__ else {}
+    accepted = inspect.signature(cls).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     return cls(**{k: v for k, v in supplied.items() if k in accepted or takes_all}, **spec.get("options", {}))

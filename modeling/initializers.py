@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .config import MesokurtConfig
 from .embeddings import orthogonal_
 from .hooks import KINDS, HookError, build
-from .linear import OutputHead, Rotation
+from .linear import ResidualWriter, Rotation
 
 
 def keyed_generator(seed: int, name: str) -> torch.Generator:
@@ -27,7 +27,9 @@ def truncated_normal_(weight: Tensor, std: float, generator: torch.Generator) ->
     """Normal cut at two standard deviations and rescaled so that the result has standard deviation `std`."""
     # 0.8796...: standard deviation of a unit normal truncated to [-2, 2]
     filled = torch.empty(weight.shape, dtype=torch.float32)
-    nn.init.trunc_normal_(filled, std=std / 0.87962566103423978, a=-2 * std / 0.87962566, b=2 * std / 0.87962566, generator=generator)
+    nn.init.trunc_normal_(
+        filled, std=std / 0.87962566103423978, a=-2 * std / 0.87962566, b=2 * std / 0.87962566, generator=generator
+    )
     weight.copy_(filled)
 
 
@@ -59,7 +61,9 @@ class LecunNormal:
         elif parameter.ndim <= 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
-            raise HookError(f"no initialization rule for {name} of {type(module).__name__}; give the module an initial_fill_ method")
+            raise HookError(
+                f"no initialization rule for {name} of {type(module).__name__}; give the module an initial_fill_ method"
+            )
 
 
 class ScaledNormal(LecunNormal):
@@ -72,8 +76,7 @@ class ScaledNormal(LecunNormal):
     def fill_(self, name: str, parameter: Tensor, module: nn.Module, generator: torch.Generator) -> None:
         """Fill one parameter in place."""
         if isinstance(module, (nn.Linear, nn.Embedding)) and not isinstance(module, Rotation) and parameter.ndim == 2:
-            writes_residual = isinstance(module, nn.Linear) and getattr(module, "writes_residual", False)
-            scale = self.residual_scale if writes_residual and not isinstance(module, OutputHead) else 1.0
+            scale = self.residual_scale if isinstance(module, ResidualWriter) else 1.0
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * (self.std * scale))
         else:
             super().fill_(name, parameter, module, generator)

@@ -12,6 +12,13 @@ class Rotation(nn.Linear):
         super().__init__(width, width, bias=False)
 
 
+class ResidualWriter(nn.Linear):
+    """A bias-free linear layer whose output is added to the residual stream. `[..., F] -> [..., D]`."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+
 class OutputHead(nn.Linear):
     """Hidden states to vocabulary logits; an embedding for the optimizer. `[..., D] -> [..., V]`."""
 

@@ -61,12 +61,14 @@ def export_hf(checkpoint: str | Path, out: str | Path) -> HFExport:
     length = min(64, model.config.max_position_embeddings)
     tokens = torch.randint(model.config.vocab_size, (4, length), generator=generator)
     expected = model(tokens).logits.double()
-    error = float((reloaded(tokens).logits.double() - expected).abs().max() / expected.abs().max())
-    if not error < TOLERANCE:
+    difference = float((reloaded(tokens).logits.double() - expected).abs().max() / expected.abs().max())
+    if not difference < TOLERANCE:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"export {target}: logits differ by {error:.1e} (relative) from the trained model; nothing was exported")
+        raise UserError(
+            f"export {target}: logits differ by {difference:.1e} (relative) from the trained model; nothing was exported"
+        )
     if (partial / "tokenizer.json").is_file():
         _check_tokenizer(source, partial)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
-    return HFExport(type(reloaded).__name__, error)
+    return HFExport(type(reloaded).__name__, difference)

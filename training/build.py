@@ -46,6 +46,7 @@ def check_hooks(config: RunConfig) -> None:
 def model_config(config: RunConfig, eod_id: int | None = None) -> MesokurtConfig:
     """The network's own configuration."""
     m = config.model
+    hooks: dict[str, Any] = {name: _spec(getattr(m, name)) for name in KINDS}
     return MesokurtConfig(
         vocab_size=m.vocab_size,
         hidden_size=m.width,
@@ -60,7 +61,7 @@ def model_config(config: RunConfig, eod_id: int | None = None) -> MesokurtConfig
         seed=config.run.seed,
         bos_token_id=eod_id,
         eos_token_id=eod_id,
-        **{name: _spec(getattr(m, name)) for name in KINDS},
+        **hooks,
     )
 
 

@@ -28,7 +28,14 @@ from modeling.folders import checkpoints, valid_checkpoints, write_manifest
 from training.engine import Engine
 
 logger = logging.getLogger("mesokurt")
-SHAPE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPE_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ def _random_state() -> tuple[dict[str, Tensor], list[Any]]:
     tensors = {"rng/torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     tensors["rng/numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
     version, internal, following = random.getstate()
     return tensors, [[str(name), int(position), int(has_gauss), float(gauss)], [version, list(internal), following]]
@@ -88,7 +95,9 @@ def save(engine: Engine, folder: Path, progress: Progress, tokenizer: Path, keep
             shutil.rmtree(partial, ignore_errors=True)
             kept = checkpoints(folder.parent)
             last = f"the newest is {kept[0].name}" if kept else "there is none"
-            raise UserError(f"checkpoint {target}: cannot be written ({error}); free space; earlier checkpoints are untouched ({last})") from None
+            raise UserError(
+                f"checkpoint {target}: cannot be written ({error}); free space; earlier checkpoints are untouched ({last})"
+            ) from None
         for old in checkpoints(folder.parent)[keep:]:
             shutil.rmtree(old, ignore_errors=True)
     engine.barrier()
@@ -96,7 +105,12 @@ def save(engine: Engine, folder: Path, progress: Progress, tokenizer: Path, keep
 
 
 def _write(
-    engine: Engine, partial: Path, weights: dict[str, Tensor], states: dict[str, Tensor], progress: Progress, tokenizer: Path
+    engine: Engine,
+    partial: Path,
+    weights: dict[str, Tensor],
+    states: dict[str, Tensor],
+    progress: Progress,
+    tokenizer: Path,
 ) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(tokenizer, partial)
@@ -155,7 +169,9 @@ def load_weights(folder: Path, model: MesokurtForCausalLM) -> None:
         with safe_open(folder / "model.safetensors", framework="pt") as stored, torch.no_grad():
             missing = set(parameters) ^ set(stored.keys())
             if missing:
-                raise UserError(f"checkpoint {folder}: parameters do not match the config: {', '.join(sorted(missing)[:3])}")
+                raise UserError(
+                    f"checkpoint {folder}: parameters do not match the config: {', '.join(sorted(missing)[:3])}"
+                )
             for name, parameter in parameters.items():
                 parameter.copy_(stored.get_tensor(name))
     except (SafetensorError, OSError, RuntimeError) as error:

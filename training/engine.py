@@ -76,16 +76,22 @@ def start(config: RunConfig, ranks: RankEnvironment) -> Accelerator:
     stage = zero_stage(config, ranks)
     timeout = timedelta(seconds=config.parallel.timeout_seconds)
     on_cpu = not torch.cuda.is_available()
-    backend = "gloo" if on_cpu else "nccl"  # left to itself, accelerate sees no backend on a CPU host and calls every rank 0
+    backend = (
+        "gloo" if on_cpu else "nccl"
+    )  # left to itself, accelerate sees no backend on a CPU host and calls every rank 0
     handlers: list[Any] = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if ranks.world_size > 1 else []
     if stage == 0:
-        return Accelerator(cpu=on_cpu, kwargs_handlers=[*handlers, DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
+        return Accelerator(
+            cpu=on_cpu, kwargs_handlers=[*handlers, DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        )
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         from accelerate.utils import DeepSpeedPlugin
     except ImportError:
-        raise UserError("parallel.zero_stage needs deepspeed, which is not installed; install it or set parallel.zero_stage=0") from None
+        raise UserError(
+            "parallel.zero_stage needs deepspeed, which is not installed; install it or set parallel.zero_stage=0"
+        ) from None
     skip_shared_memory_op()
     settings = deepspeed_settings(config, stage, accumulation(config, ranks.world_size))
     return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings), kwargs_handlers=handlers)
@@ -94,10 +100,14 @@ def start(config: RunConfig, ranks: RankEnvironment) -> Accelerator:
 class Engine:
     """The network and its optimizer, ready to train on this rank."""
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, model: MesokurtForCausalLM, optimizer: RoutedOptimizer) -> None:
+    def __init__(
+        self, config: RunConfig, accelerator: Accelerator, model: MesokurtForCausalLM, optimizer: RoutedOptimizer
+    ) -> None:
         self.accelerator, self.optimizer, self.module = accelerator, optimizer, model
         self.world_size, self.rank = accelerator.num_processes, accelerator.process_index
-        assert self.world_size == (dist.get_world_size() if dist.is_initialized() else 1), "accelerate and torch disagree on the ranks"
+        assert self.world_size == (dist.get_world_size() if dist.is_initialized() else 1), (
+            "accelerate and torch disagree on the ranks"
+        )
         self.device: torch.device = accelerator.device
         self.stage = config.parallel.zero_stage if accelerator.distributed_type == "DEEPSPEED" else 0
         self.clip_norm = config.train.clip_norm
@@ -153,6 +163,10 @@ class Engine:
         dist.all_reduce(values)
         return values / self.world_size
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank: decisions to stop are taken together."""
+        return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world_size > 1:
@@ -183,12 +197,17 @@ class Engine:
                 for key, values in shaped:
                     part = here.get(name)
                     flat = values.view(-1)
-                    local = {name: flat[part.offset : part.offset + part.stop - part.start]} if part else {name: flat[:0]}
+                    local = (
+                        {name: flat[part.offset : part.offset + part.stop - part.start]} if part else {name: flat[:0]}
+                    )
                     whole = Exchange(layout, [name], {name: 0}).to_owners(local, flat).get(name)
-                    yield f"{key}/{name}", None if whole is None else whole.view(self.optimizer.routes[name].shape).cpu()
+                    yield (
+                        f"{key}/{name}",
+                        None if whole is None else whole.view(self.optimizer.routes[name].shape).cpu(),
+                    )
 
     def load_states(self, read: Any) -> None:
-        """Set optimizer states from `read(key) -> Tensor | None` (whole tensors, same keys as `whole_tensors`); each rank keeps its part."""
+        """Set optimizer states from `read(key) -> Tensor | None` (whole, keyed as by `whole_tensors`); each rank keeps its part."""
         layout = self.optimizer.layout
         for tensor in self._held():
             for name in layout.parameters_in(tensor):

@@ -28,10 +28,13 @@ def evaluate(config: RunConfig, store: TokenStore, checkpoint: Path) -> dict[str
     rows = store.rows("held_out", np.arange(min(config.eval.rows, store.num_rows("held_out"))))
     settings = [Bits.parse(text) for text in config.eval.bits]
     per_token = store.bytes_per_token("held_out")
-    rungs = ladder(model, rows, settings, (False, True) if config.eval.hadamard else (False,), bytes_per_token=per_token)
+    rungs = ladder(
+        model, rows, settings, (False, True) if config.eval.hadamard else (False,), bytes_per_token=per_token
+    )
     print(format_ladder(rungs))
     full = next(r for r in rungs if r.loss is not None)
-    assert full.loss is not None and full.ratio is not None
+    assert full.loss is not None
+    assert full.ratio is not None
     loss = full.loss - math.log(full.ratio)
     result = {
         "checkpoint": checkpoint.name,
@@ -54,7 +57,9 @@ def evaluate(config: RunConfig, store: TokenStore, checkpoint: Path) -> dict[str
         "environment": environment(),
     }
     Path(config.run.dir, "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"held-out: {loss:.4f} nats/token, {result['bits_per_byte']:.4f} bits per byte ({len(rows)} rows of {store.context} tokens)")
+    print(
+        f"held-out: {loss:.4f} nats/token, {result['bits_per_byte']:.4f} bits per byte ({len(rows)} rows of {store.context} tokens)"
+    )
     return result
 
 
@@ -66,13 +71,17 @@ def export(config: RunConfig, checkpoint: Path) -> dict[str, Path]:
         return written
     written["hf"] = folder / "hf"
     parity = export_hf(checkpoint, written["hf"])
-    print(f"exported {written['hf']} ({parity.architecture}, logits within {parity.relative_error:.1e} of the trained model)")
+    print(
+        f"exported {written['hf']} ({parity.architecture}, logits within {parity.relative_error:.1e} of the trained model)"
+    )
     if "bnb-nf4" in config.export.formats:
         written["bnb-nf4"] = folder / "bnb-nf4"
         try:
             result = export_bnb_nf4(written["hf"], written["bnb-nf4"])
         except ImportError:
-            raise UserError("export.formats has bnb-nf4, but bitsandbytes is not installed; install it or remove the format") from None
+            raise UserError(
+                "export.formats has bnb-nf4, but bitsandbytes is not installed; install it or remove the format"
+            ) from None
         print(f"exported {written['bnb-nf4']} (reloads to identical logits)")
         for note in result.notes:
             print(f"note: {note}")

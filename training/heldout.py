@@ -27,8 +27,8 @@ def heldout_loss(engine: Engine, store: TokenStore, rows: int, micro_batch: int)
         wanted = [engine.rank + engine.world_size * i for i in range(begin, min(begin + micro_batch, per_rank))]
         inside = [index for index in wanted if index < count]
         tokens = store.rows("held_out", np.array(inside or [0])).to(engine.device)
-        loss = NextToken()(engine.model, {"tokens": tokens}).parts["loss"]
-        totals += torch.tensor([float(loss) * len(inside), len(inside)], dtype=torch.float64)
+        nats = float(NextToken()(engine.model, {"tokens": tokens}).parts["loss"])
+        totals += torch.tensor([nats * len(inside), len(inside)], dtype=torch.float64)
     engine.model.train(was_training)
     summed = engine.mean(totals.to(engine.device))
     loss = float(summed[0] / summed[1])

@@ -28,7 +28,15 @@ OPTIMIZER = HookKind(
     "torch.optim.Optimizer over routed parameters; works on whole tensors and on ZeRO's shards",
     base="training.optim.routed:RoutedOptimizer",
 )
-SCHEDULE = HookKind("schedule", SCHEDULES, ("steps", "warmup"), "step -> factor on the peak learning rate", base="builtins:object")
-SAMPLER = HookKind("sampler", SAMPLERS, ("num_rows", "seed"), "(step, global batch) -> row numbers; any world size", base="builtins:object")
+SCHEDULE = HookKind(
+    "schedule", SCHEDULES, ("steps", "warmup"), "step -> factor on the peak learning rate", base="builtins:object"
+)
+SAMPLER = HookKind(
+    "sampler",
+    SAMPLERS,
+    ("num_rows", "seed"),
+    "(step, global batch) -> row numbers; any world size",
+    base="builtins:object",
+)
 OBJECTIVE = HookKind("objective", OBJECTIVES, (), "(model, batch) -> Loss(total, named parts)", base="builtins:object")
 KINDS = {kind.name: kind for kind in (OPTIMIZER, SCHEDULE, SAMPLER, OBJECTIVE)}

@@ -22,6 +22,7 @@ from training.metrics import MetricsLog, Row
 from training.optim.schedules import Schedule
 from training.progress import ProgressBar
 from training.run_directory import RunDirectory
+from training.signals import StopSignal
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Trainer:
     bar: ProgressBar
     probes: list[tuple[Probe, int | None]]
     progress: Progress
+    stop: StopSignal
     flops_per_token: float
     peak_flops: float
     _parts: dict[str, Tensor] = field(default_factory=dict)
@@ -56,6 +58,9 @@ class Trainer:
             row = self.measure(index + 1, norm)
             self.write(row)
             self.save_if_due(index + 1)
+            if self.engine.any(self.stop.requested) and index + 1 < self.config.train.steps:
+                self.save()
+                break
         return self.progress
 
     def forward_backward(self, index: int) -> None:
@@ -114,11 +119,14 @@ class Trainer:
 
     def observe(self, probe: Probe) -> Row:
         """One probe on this rank's share of fixed held-out rows, reduced over ranks; training is left as it was."""
-        engine, count = self.engine, min(self.config.train.micro_batch * engine.world_size, self.store.num_rows("held_out"))
-        rows = list(range(engine.rank, count, engine.world_size)) or [0]
-        tokens = self.store.rows("held_out", np.array(rows))[:, :-1].to(engine.device)
+        engine = self.engine
+        count = min(self.config.eval.rows, self.store.num_rows("held_out"))
+        count -= count % engine.world_size if count > engine.world_size else 0  # ZeRO-3 forwards in lockstep
+        rows = np.arange(engine.rank, count, engine.world_size) if count > engine.rank else np.zeros(1, dtype=np.int64)
+        tokens = self.store.rows("held_out", rows)[:, :-1].to(engine.device)
         with torch.compiler.set_stance("force_eager"):  # compiled code would not see the probe's hooks
-            probe.observe(engine.module, tokens)
+            for part in tokens.split(self.config.train.micro_batch):
+                probe.observe(engine.module, part)
         found = probe.compute()
         probe.reset()
         return found
@@ -134,4 +142,9 @@ class Trainer:
     def save_if_due(self, step: int) -> None:
         """Checkpoint at its cadence and after the last step."""
         if self.due(step, self.config.checkpoint.every):
-            save(self.engine, self.run_dir.checkpoints, self.progress, self.store.tokenizer_folder, self.config.checkpoint.keep)
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        keep = self.config.checkpoint.keep
+        save(self.engine, self.run_dir.checkpoints, self.progress, self.store.tokenizer_folder, keep)

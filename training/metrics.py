@@ -45,7 +45,9 @@ class MetricsLog:
             import wandb
 
             mode = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
-            self._wandb = wandb.init(name=config.run.name, dir=str(folder), config=to_tree(config), mode=mode, resume="allow")
+            self._wandb = wandb.init(
+                name=config.run.name, dir=str(folder), config=to_tree(config), mode=mode, resume="allow"
+            )
 
     def write(self, row: Row) -> None:
         """Append one row; lists (per-layer values) go to the file only. Non-finite numbers are written as text, which JSON lacks."""

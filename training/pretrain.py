@@ -33,13 +33,14 @@ from training.optim.routing import receipt
 from training.progress import ProgressBar
 from training.rendezvous import RankEnvironment, export_rank_environment, read_rank_environment
 from training.run_directory import RunDirectory
+from training.signals import REQUEUE_EXIT_CODE, StopSignal
 from training.throughput import flops_per_token, matmul_rate
 
 DEFAULT_CONFIG = "quickstart"
 
 
-def pretrain(config: RunConfig) -> Path:
-    """Run (or resume) a config to its last step; returns the run directory.
+def pretrain(config: RunConfig, stop: StopSignal | None = None) -> Path:
+    """Run (or resume) a config to its last step, or until `stop` is requested; returns the run directory.
 
     Raises:
         UserError: anything a user can mend, in one line.
@@ -69,19 +70,23 @@ def pretrain(config: RunConfig) -> Path:
     if progress.step and main:
         print(f"resuming from {checkpoint} after step {progress.step}")
     if progress.step < config.train.steps:
-        train(config, engine, store, run_dir, progress)
+        progress = train(config, engine, store, run_dir, progress, stop or StopSignal())
     engine.close()
-    if main:
+    if main and progress.step == config.train.steps:
         finish(config, store)
     return run_dir.path
 
 
-def train(config: RunConfig, engine: Engine, store: TokenStore, run_dir: RunDirectory, progress: Progress) -> None:
-    """Build the loop's parts and run it."""
+def train(
+    config: RunConfig, engine: Engine, store: TokenStore, run_dir: RunDirectory, progress: Progress, stop: StopSignal
+) -> Progress:
+    """Build the loop's parts and run it; returns where it stopped."""
     sampler_spec = {"name": config.data.sampler.name, "options": config.data.sampler.options}
     sampler = build(SAMPLER, sampler_spec, num_rows=store.num_rows("train"), seed=config.run.seed)
     batch = config.train
-    loader = Loader(store, sampler, batch.global_batch, batch.micro_batch, engine.rank, engine.world_size, engine.device)
+    loader = Loader(
+        store, sampler, batch.global_batch, batch.micro_batch, engine.rank, engine.world_size, engine.device
+    )
     dtype = torch.bfloat16 if batch.dtype == "bf16" else torch.float32
     log = MetricsLog(config, run_dir.path, progress.step) if engine.is_main else None
     bar = ProgressBar(batch.steps, progress.step, engine.is_main)
@@ -97,11 +102,12 @@ def train(config: RunConfig, engine: Engine, store: TokenStore, run_dir: RunDire
         bar=bar,
         probes=build_probes(config),
         progress=progress,
+        stop=stop,
         flops_per_token=flops_per_token(engine.module, engine.module.config),
         peak_flops=matmul_rate(engine.device, dtype),
     )
     try:
-        trainer.run()
+        return trainer.run()
     finally:
         loader.close()
         bar.close()
@@ -117,23 +123,32 @@ def describe(config: RunConfig, model: MesokurtForCausalLM, ranks: RankEnvironme
     print(routes)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     print(f"ranks: {ranks.world_size}, ZeRO stage {zero_stage(config, ranks)}, arithmetic {t.dtype}")
-    print(f"accumulation: {accumulate} = global_batch {t.global_batch} / (micro_batch {t.micro_batch} * {ranks.world_size} ranks)")
-    print(f"tokens: {tokens * t.steps:,} = {t.steps} steps * {t.global_batch} sequences * {m.context} tokens", flush=True)
+    print(
+        f"accumulation: {accumulate} = global_batch {t.global_batch} / (micro_batch {t.micro_batch} * {ranks.world_size} ranks)"
+    )
+    print(
+        f"tokens: {tokens * t.steps:,} = {t.steps} steps * {t.global_batch} sequences * {m.context} tokens", flush=True
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of one rank."""
     parser = argparse.ArgumentParser(prog="mesokurt pretrain", description=__doc__)
-    parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file or the bare name of one in configs/ (default: %(default)s)")
+    parser.add_argument(
+        "--config", default=DEFAULT_CONFIG, help="YAML file or the bare name of one in configs/ (default: %(default)s)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.steps=50")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # given by the deepspeed launcher
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_intermixed_args(argv)
+    stop = StopSignal().install()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(levelname)s: %(message)s")
 
     def command() -> int:
-        pretrain(load_config(arguments.config, arguments.overrides))
-        return 0
+        pretrain(load_config(arguments.config, arguments.overrides), stop)
+        return REQUEUE_EXIT_CODE if stop.requested else 0
 
     code = run_or_exit(command, arguments.debug)
     if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -15,7 +15,11 @@ class ProgressBar:
 
     def __init__(self, steps: int, start: int, visible: bool, seconds_between_lines: float = 10.0) -> None:
         self.steps, self.start, self.visible, self.pause = steps, start, visible, seconds_between_lines
-        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if visible and sys.stderr.isatty() else None
+        self.bar = (
+            tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+            if visible and sys.stderr.isatty()
+            else None
+        )
         self._begin = self._last = time.monotonic()
 
     def show(self, row: Row) -> None:

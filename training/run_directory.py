@@ -18,8 +18,29 @@ from configs.loading import differences, dump_config, load_config
 from configs.schema import RunConfig
 
 # What may change between the parts of one run without making it another run.
-MAY_CHANGE = ("run.dir", "run.name", "parallel.", "checkpoint.", "eval.", "export.", "train.micro_batch", "train.log_every", "train.compile", "data.store")
-PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "bitsandbytes", "datasets", "sentencepiece", "torchmetrics", "numpy")
+MAY_CHANGE = (
+    "run.dir",
+    "run.name",
+    "parallel.",
+    "checkpoint.",
+    "eval.",
+    "export.",
+    "train.micro_batch",
+    "train.log_every",
+    "train.compile",
+    "data.store",
+)
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "accelerate",
+    "transformers",
+    "bitsandbytes",
+    "datasets",
+    "sentencepiece",
+    "torchmetrics",
+    "numpy",
+)
 
 
 def environment() -> dict[str, Any]:
@@ -61,11 +82,15 @@ class RunDirectory:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / "lock").open("w")
         except OSError as error:
-            raise UserError(f"run.dir {self.path}: cannot be written ({error.strerror}); choose another run.dir") from None
+            raise UserError(
+                f"run.dir {self.path}: cannot be written ({error.strerror}); choose another run.dir"
+            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"run.dir {self.path}: another job is using it; wait for it or choose another run.dir") from None
+            raise UserError(
+                f"run.dir {self.path}: another job is using it; wait for it or choose another run.dir"
+            ) from None
         self._claim(config)
 
     def _claim(self, config: RunConfig) -> None:
@@ -78,7 +103,8 @@ class RunDirectory:
             ]
             if changed:
                 raise ConfigError(
-                    f"run.dir {self.path} belongs to a different config ({'; '.join(changed[:3])}); choose another run.dir or restore the config"
+                    f"run.dir {self.path} belongs to a different config ({'; '.join(changed[:3])}); "
+                    "choose another run.dir or restore the config"
                 )
         partial = saved.with_suffix(".partial")
         partial.write_text(dump_config(config), encoding="utf-8")

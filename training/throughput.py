@@ -16,7 +16,11 @@ def flops_per_token(model: nn.Module, config: MesokurtConfig) -> float:
     The attention term counts the full T x T square, as PaLM (Chowdhery et al. 2022, appendix B) does.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    sizes = (getattr(p, "ds_numel", p.numel()) for p in model.parameters() if id(p) not in tables and len(getattr(p, "ds_shape", p.shape)) >= 2)
+    sizes = (
+        getattr(p, "ds_numel", p.numel())
+        for p in model.parameters()
+        if id(p) not in tables and len(getattr(p, "ds_shape", p.shape)) >= 2
+    )
     matrices = sum(int(size) for size in sizes)
     return 6.0 * matrices + 12.0 * config.num_hidden_layers * config.hidden_size * config.max_position_embeddings
 

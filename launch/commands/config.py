@@ -13,8 +13,12 @@ EXAMPLE = "mesokurt config check configs/osp-1.4b.yaml --ranks 64"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Files and overrides to check, or the schema."""
-    parser.add_argument("action", choices=["check", "schema"], help="check: validate without running; schema: JSON Schema for editors")
-    parser.add_argument("files", nargs="*", metavar="FILE|section.key=value", help="configs, and overrides applied to each of them")
+    parser.add_argument(
+        "action", choices=["check", "schema"], help="check: validate without running; schema: JSON Schema for editors"
+    )
+    parser.add_argument(
+        "files", nargs="*", metavar="FILE|section.key=value", help="configs, and overrides applied to each of them"
+    )
     parser.add_argument("--ranks", type=int, default=8, help="ranks for the memory table (default: %(default)s)")
 
 

@@ -12,11 +12,17 @@ EXAMPLE = "mesokurt evaluate runs/quickstart --text README.md --bits 16-16-16 4-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Checkpoint, text and settings."""
     parser.add_argument("checkpoint", metavar="CKPT", help="run directory, checkpoint, exported folder or Hub name")
-    parser.add_argument("--bits", nargs="+", metavar="W-A-KV", help="settings (default: 16-16-16 4-8-16 4-8-8 4-4-16 4-4-4)")
+    parser.add_argument(
+        "--bits", nargs="+", metavar="W-A-KV", help="settings (default: 16-16-16 4-8-16 4-8-8 4-4-16 4-4-4)"
+    )
     parser.add_argument("--text", type=Path, help="UTF-8 text file (default: the run's own held-out rows)")
     parser.add_argument("--window", type=int, help="tokens per window (default: the model's context)")
-    parser.add_argument("--rows", type=int, default=64, help="held-out rows, when no --text is given (default: %(default)s)")
-    parser.add_argument("--no-hadamard", action="store_true", help="leave out the rows with the Hadamard of the FFN hidden state")
+    parser.add_argument(
+        "--rows", type=int, default=64, help="held-out rows, when no --text is given (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--no-hadamard", action="store_true", help="leave out the rows with the Hadamard of the FFN hidden state"
+    )
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
@@ -32,7 +38,9 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         rows, bytes_per_token = text_windows(load_tokenizer(folder), arguments.text, window)
     else:
         rows, bytes_per_token = held_out_rows(arguments.checkpoint, arguments.rows)
-    rungs = ladder(model, rows, settings, (False,) if arguments.no_hadamard else (False, True), bytes_per_token=bytes_per_token)
+    rungs = ladder(
+        model, rows, settings, (False,) if arguments.no_hadamard else (False, True), bytes_per_token=bytes_per_token
+    )
     print(format_ladder(rungs))
     keys = ("hadamard", "loss", "perplexity", "ratio", "bits_per_byte", "note")
     table = [{"bits": str(rung.bits), **{key: getattr(rung, key) for key in keys}} for rung in rungs]

@@ -16,7 +16,9 @@ EXAMPLE = "mesokurt export runs/quickstart --format hf --out exported"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Checkpoint, format, target."""
     parser.add_argument("checkpoint", metavar="CKPT", help="run directory or checkpoint folder")
-    parser.add_argument("--format", choices=["hf", "bnb-nf4"], default="hf", help="hf: stock Llama; bnb-nf4: the same in 4 bits")
+    parser.add_argument(
+        "--format", choices=["hf", "bnb-nf4"], default="hf", help="hf: stock Llama; bnb-nf4: the same in 4 bits"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write (must not exist)")
 
 
@@ -33,7 +35,9 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         raise UserError(str(error)) from None
     if arguments.format == "hf":
         written = export_hf(source, arguments.out)
-        print(f"{arguments.out}: {written.architecture}, logits within {written.relative_error:.1e} of the trained model")
+        print(
+            f"{arguments.out}: {written.architecture}, logits within {written.relative_error:.1e} of the trained model"
+        )
         return {"out": str(arguments.out), **asdict(written)}, 0
     from quant.export_bnb import export_bnb_nf4
 

@@ -45,7 +45,10 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         print(f"\n{kind.name}: {kind.contract}")
         for name in (*kind.table, *outside.get(kind.name, ())):
             cls = resolve(kind, name)
-            options = {o: "required" if p.default is inspect.Parameter.empty else p.default for o, p in option_types(kind, cls).items()}
+            options = {
+                o: "required" if p.default is inspect.Parameter.empty else p.default
+                for o, p in option_types(kind, cls).items()
+            }
             line = (inspect.getdoc(cls) or "").partition("\n")[0]
             paper = getattr(cls, "paper", "")
             catalogue.append({"kind": kind.name, "name": name, "summary": line, "paper": paper, "options": options})

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -57,12 +56,19 @@ class ShardedLayout(Layout):
     sharded = True
 
     def __init__(
-        self, sizes: dict[str, int], contents: dict[int, list[str]], ranges: dict[str, list[Range]], offsets: dict[str, int], group: Any
+        self,
+        sizes: dict[str, int],
+        contents: dict[int, list[str]],
+        ranges: dict[str, list[Range]],
+        offsets: dict[str, int],
+        group: Any,
     ) -> None:
         super().__init__(sizes, {}, group)
         self.contents, self.ranges, self.offsets = contents, ranges, offsets
         for name, size in sizes.items():
-            assert sum(stop - start for start, stop in ranges[name]) == size, f"{name}: shards do not add up to the parameter"
+            assert sum(stop - start for start, stop in ranges[name]) == size, (
+                f"{name}: shards do not add up to the parameter"
+            )
 
     def slices(self, tensor: Tensor) -> list[Slice]:
         """This rank's parts of the parameters in a flat tensor."""

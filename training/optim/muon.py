@@ -72,7 +72,7 @@ class Muon(RoutedOptimizer):
         for tensor in tensors:
             if not self.state[tensor]:
                 self.state[tensor]["momentum"] = torch.zeros_like(tensor)
-        gradients = [tensor.grad for tensor in tensors]
+        gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
         momenta = [self.state[tensor]["momentum"] for tensor in tensors]
         torch._foreach_mul_(momenta, self.momentum)
         torch._foreach_add_(momenta, gradients)
@@ -107,7 +107,11 @@ class Muon(RoutedOptimizer):
 
     def _muon(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
         lookahead = self._lookahead(tensors)
-        slices = [(tensor, u, part) for tensor, u in zip(tensors, lookahead, strict=True) for part in self.layout.slices(tensor)]
+        slices = [
+            (tensor, u, part)
+            for tensor, u in zip(tensors, lookahead, strict=True)
+            for part in self.layout.slices(tensor)
+        ]
         local = {part.name: u.flatten()[part.offset : part.offset + part.stop - part.start] for _, u, part in slices}
         names = [name for tensor in tensors for name in self.layout.parameters_in(tensor)]
         owners = assign_owners({name: self._cost(name) for name in names}, self.layout.world)

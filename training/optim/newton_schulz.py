@@ -25,7 +25,11 @@ SAFETY = {"jordan": 1.0, "polar_express": 1.02}
 
 
 def newton_schulz(
-    matrices: Tensor, steps: int = 5, coefficients: Coefficients = "jordan", dtype: torch.dtype = torch.bfloat16, eps: float = 1e-8
+    matrices: Tensor,
+    steps: int = 5,
+    coefficients: Coefficients = "jordan",
+    dtype: torch.dtype = torch.bfloat16,
+    eps: float = 1e-8,
 ) -> Tensor:
     """Approximately orthogonalize each matrix of `[B, m, n]`; the result keeps the input's dtype.
 

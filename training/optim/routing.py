@@ -40,7 +40,8 @@ RULES: dict[Role, Callable[[nn.Module, str, Parameter], bool]] = {
         or (_declared(m, leaf) is None and isinstance(m, nn.Linear) and not isinstance(m, OutputHead) and _ndim(p) == 2)
     ),
     "embedding": lambda m, leaf, p: (
-        _declared(m, leaf) == "embedding" or (_declared(m, leaf) is None and isinstance(m, (nn.Embedding, OutputHead)) and _ndim(p) == 2)
+        _declared(m, leaf) == "embedding"
+        or (_declared(m, leaf) is None and isinstance(m, (nn.Embedding, OutputHead)) and _ndim(p) == 2)
     ),
     "router": lambda m, leaf, p: _declared(m, leaf) == "router",
     "vector": lambda m, leaf, p: _declared(m, leaf) == "vector" or (_declared(m, leaf) is None and _ndim(p) <= 1),
@@ -72,7 +73,9 @@ def role_of(name: str, module: nn.Module, parameter: Parameter) -> Role:
     return matching[0]
 
 
-def _blocks(module: nn.Module, parent: nn.Module | None, name: str, shape: tuple[int, ...], split_heads: bool) -> tuple[int, int, int]:
+def _blocks(
+    module: nn.Module, parent: nn.Module | None, name: str, shape: tuple[int, ...], split_heads: bool
+) -> tuple[int, int, int]:
     """How one parameter is cut into matrices: stacked experts by their first axis, query/key/value rows per head on request."""
     if len(shape) == 3:
         return shape[0], shape[1], shape[2]
@@ -115,5 +118,8 @@ def receipt(routes: list[Route]) -> str:
         for extent in r.shape:
             size *= extent
         counts[r.algorithm] = (tensors + 1, elements + size)
-    totals = [f"  {algorithm}: {tensors} tensors, {elements:,} parameters" for algorithm, (tensors, elements) in counts.items()]
+    totals = [
+        f"  {algorithm}: {tensors} tensors, {elements:,} parameters"
+        for algorithm, (tensors, elements) in counts.items()
+    ]
     return "\n".join(["optimizer receipt", *lines, *totals])

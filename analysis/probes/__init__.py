@@ -1,0 +1,1 @@
+"""Probes: what is measured inside a network while it trains."""

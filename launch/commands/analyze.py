@@ -1,0 +1,90 @@
+"""`mesokurt analyze CKPT --probes kurtosis` and `mesokurt analyze --rotation-test CONFIG`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError, UserError
+
+EXAMPLE = (
+    "mesokurt analyze --rotation-test configs/osp-1.4b.yaml    # or: mesokurt analyze runs/quickstart --probes kurtosis"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A checkpoint with probes, or a config with the rotation test."""
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", nargs="?", help="run directory, checkpoint, exported folder or Hub name"
+    )
+    parser.add_argument("--probes", default="kurtosis", help="comma-separated probes (default: %(default)s)")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of every probe, e.g. mode=single_token",
+    )
+    parser.add_argument("--text", type=Path, help="UTF-8 text to read (default: the run's own held-out rows)")
+    parser.add_argument("--rows", type=int, default=16, help="rows to read (default: %(default)s)")
+    parser.add_argument(
+        "--rotation-test", metavar="CONFIG", help="does this config's network and optimizer privilege any channel?"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the rotation test")
+
+
+def _rotation(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    from configs.loading import load_config
+    from launch.rotation import rotation_of_config
+
+    result = rotation_of_config(load_config(arguments.rotation_test), arguments.seed)
+    print(f"{arguments.rotation_test}, reduced to 2 layers of width 32 in float64: {result}")
+    faults = [str(fault) for fault in result.faults]
+    return {
+        "config": arguments.rotation_test,
+        "max_loss_difference": result.max_loss_difference,
+        "equivariant": result.equivariant,
+        "faults": faults,
+    }, 0
+
+
+def _options(words: list[str]) -> dict[str, Any]:
+    import yaml
+
+    pairs = [word.partition("=") for word in words]
+    if not all(separator for _, separator, _ in pairs):
+        raise ConfigError(f"--option {' '.join(words)}: write NAME=VALUE")
+    return {name: yaml.safe_load(value) for name, _, value in pairs}
+
+
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """Print what the probes find, or the verdict of the rotation test."""
+    if arguments.rotation_test:
+        return _rotation(arguments)
+    if not arguments.checkpoint:
+        raise ConfigError("analyze: name a checkpoint, or give --rotation-test CONFIG")
+    from analysis.hooks import PROBE
+    from launch.loading import held_out_rows, load_model, load_tokenizer, text_windows
+    from modeling.hooks import HookError, build
+
+    model, folder = load_model(arguments.checkpoint)
+    if arguments.text:
+        rows, _ = text_windows(
+            load_tokenizer(folder), arguments.text, min(int(model.config.max_position_embeddings), 2048)
+        )
+    else:
+        rows, _ = held_out_rows(arguments.checkpoint, arguments.rows)
+    found: dict[str, Any] = {}
+    for name in arguments.probes.split(","):
+        try:
+            probe = build(PROBE, {"name": name, "options": _options(arguments.option)})
+        except HookError as error:
+            raise UserError(str(error), exit_code=2) from None
+        for part in rows[: arguments.rows, :-1].split(8):
+            probe.observe(model, part)
+        found |= probe.compute()
+    for key, value in found.items():
+        shown = " ".join(f"{v:.3f}" for v in value) if isinstance(value, list) and len(value) <= 64 else value
+        print(f"{key}: {shown if not isinstance(shown, list) else f'{len(shown)} values (see --json)'}")
+    return {"checkpoint": folder, "found": found}, 0

@@ -1,0 +1,5 @@
+"""Papers' claims against what this machine measures; each module has `PAPER` and `reproduce(folder, quick) -> criteria`."""
+
+REPRODUCTIONS = {
+    "osp": "launch.reproductions.osp",
+}

@@ -1,0 +1,24 @@
+"""A request to stop (SIGTERM, or SLURM's warning SIGUSR1) becomes a flag that the loop looks at between steps."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL: saved, start me again
+
+
+class StopSignal:
+    """Set by a signal once `install` was called; before that, and where it is never called, nothing is caught."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def install(self) -> StopSignal:
+        """Catch SIGTERM and SIGUSR1 from now on (main thread only); installed before slow imports, so that no signal kills a start."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._request)
+        return self
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
