@@ -24,6 +24,20 @@ PLANTED = {0: (17.5, 17.6), 5: (15.7, 17.4), 10: (11.7, 17.4), 30: (3.9, 16.5), 
 SHAPE = {"layers": 3, "width": 96, "heads": 3, "ffn_width": 256, "context": 64, "vocab_size": VOCABULARY}
 ARMS: dict[str, dict[str, Any]] = {
     "adam": {
+        "model": {"norm": "rmsnorm", "embedding": "plain"},
+        "optim": {"name": "adamw"},
+        "train": {"clip_norm": 1.0},
+    },
+    "muon": {"model": {"norm": "rmsnorm", "embedding": "plain"}, "optim": {"name": "muon"}, "train": {}},
+    "osp": {"model": {"norm": "ssnorm", "embedding": "emb_proj"}, "optim": {"name": "muon"}, "train": {}},
+}
+
+
+def arm_config(arm: str, seed: int, folder: Path, steps: int) -> RunConfig:
+    """A byte-level language model on the standard library's sources: 3 x 96 x 3 heads, T = 64, batch 16, lr 1e-2 for every optimizer."""
+    parts = ARMS[arm]
+    tree: dict[str, Any] = {
+        "run": {"dir": str(folder / f"{arm}-{seed}"), "seed": seed, "name": f"{arm} seed {seed}"},
         "model": {**SHAPE, **parts["model"]},
         "data": {
             "tokenizer": {"kind": "huggingface", "path": str(folder / "bytes")},
