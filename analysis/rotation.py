@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from analysis.blame import Fault, Snapshot, describe, norm_faults, update_faults
 from analysis.rotation_rules import rotate_parameters
@@ -74,17 +74,17 @@ class RotationResult:
         measured = f"max loss difference {self.max_loss_difference:.1e} over {self.steps} steps"
         if self.equivariant:
             return f"equivariant ({measured})"
-        parts = describe(self.faults) or ["no single norm or update stands out after one step; look at the layers' forward"]
+        parts = describe(self.faults) or [
+            "no single norm or update stands out after one step; look at the layers' forward"
+        ]
         return "\n  - ".join([f"not equivariant ({measured}), broken by:", *parts])
 
 
-def _advance(
-    model: MesokurtForCausalLM, optimizer: torch.optim.Optimizer, loss_fn: Loss, batch: Any
-) -> float:
+def _advance(model: MesokurtForCausalLM, optimizer: torch.optim.Optimizer, loss_fn: Loss, batch: Any) -> float:
     """One optimizer step; returns the loss before it."""
     optimizer.zero_grad()
     loss = loss_fn(model, batch)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     return float(loss.detach())
 
@@ -104,7 +104,10 @@ def blame(
     before, after = copy.deepcopy(model), copy.deepcopy(model)
     twin = rotated_twin(model, rotation)
     optimizer = optimizer_factory(after)
-    loss, twin_loss = _advance(after, optimizer, loss_fn, batch), _advance(twin, optimizer_factory(twin), loss_fn, batch)
+    loss, twin_loss = (
+        _advance(after, optimizer, loss_fn, batch),
+        _advance(twin, optimizer_factory(twin), loss_fn, batch),
+    )
     if not abs(loss - twin_loss) <= 1e-9 * max(1.0, abs(loss)):
         return [Fault("network", "forward", "", abs(loss - twin_loss))]
     algorithms = {
@@ -140,7 +143,9 @@ def rotation_test(
         UserError: no batch or no step, or a parameter of which it is not known how it meets the residual stream.
     """
     if steps < 1 or not batches:
-        raise UserError(f"rotation test: {steps} steps on {len(batches)} batches test nothing; give at least one of each")
+        raise UserError(
+            f"rotation test: {steps} steps on {len(batches)} batches test nothing; give at least one of each"
+        )
     model = model_factory().double()
     rotation = random_rotation(model.config.hidden_size, seed)
     faults = blame(model, optimizer_factory, loss_fn, batches[0], rotation)
@@ -157,5 +162,3 @@ def rotation_test(
     differences = [abs(a - b) for a, b in zip(losses, twin_losses, strict=True)]
     largest = max(differences) if all(map(math.isfinite, differences)) else math.inf
     return RotationResult(largest, losses, twin_losses, [*norm_faults(model, rotation), *faults])
-
-

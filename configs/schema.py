@@ -126,14 +126,16 @@ class Source(Section):
     """One source of documents."""
 
     kind: Literal["stdlib", "text", "jsonl", "parquet", "hub"] = "stdlib"
-    """`stdlib`: the running interpreter's standard-library sources; `text`: a file is a document; `jsonl`/`parquet`: a row is one;
-    `hub`: a Hugging Face dataset, streamed."""
+    """`stdlib`: the running interpreter's standard-library sources; `text`: a file is a document (a single file is cut at blank
+    lines into parts); `jsonl`, `parquet`: a row is one; `hub`: a Hugging Face dataset, streamed."""
     path: str | None = None
     """File, folder or glob (text, jsonl, parquet), or the dataset's repository (hub)."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
     split: str = "train"
     """Split of a hub dataset."""
+    revision: str | None = None
+    """Commit or tag of a hub dataset; pins what the token store holds."""
     text_key: str = "text"
     """Column that holds the text (jsonl, parquet, hub)."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0

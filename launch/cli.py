@@ -6,8 +6,6 @@ import argparse
 import contextlib
 import importlib
 import json
-import logging
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -49,18 +47,14 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def quiet_libraries() -> None:
-    """Keep libraries' banners and progress bars off the screen; warnings stay."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(levelname)s: %(message)s")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; exit code 0, 1 (failed) or 2 (wrong command line or config)."""
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in words if word in COMMANDS), None)
     arguments = build_parser(chosen or "").parse_args(words)
-    quiet_libraries()
+    importlib.import_module(
+        "training.quiet"
+    ).quiet_libraries()  # imports torch: not before the command line is known to be good
 
     def command() -> int:
         if not arguments.json:

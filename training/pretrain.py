@@ -6,7 +6,6 @@ Started by `mesokurt pretrain`, `launch/pretrain.sh`, deepspeed, torchrun or sru
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from training.loop import Trainer
 from training.metrics import MetricsLog
 from training.optim.routing import receipt
 from training.progress import ProgressBar
+from training.quiet import quiet_libraries
 from training.rendezvous import RankEnvironment, export_rank_environment, read_rank_environment
 from training.run_directory import RunDirectory
 from training.signals import REQUEUE_EXIT_CODE, StopSignal
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_intermixed_args(argv)
     stop = StopSignal().install()
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(levelname)s: %(message)s")
+    quiet_libraries()
 
     def command() -> int:
         pretrain(load_config(arguments.config, arguments.overrides), stop)

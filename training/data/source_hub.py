@@ -21,7 +21,9 @@ def hub_documents(source: Source, tally: Tally) -> Iterator[Document]:
     name = source.path if source.subset is None else f"{source.path} ({source.subset})"
     number = 0
     try:
-        rows = datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True)
+        rows = datasets.load_dataset(
+            source.path, source.subset, split=source.split, revision=source.revision, streaming=True
+        )
         if rows.column_names is not None:
             _demand_column(source.text_key, list(rows.column_names), name)
             rows = rows.select_columns([source.text_key])
