@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -15,6 +16,9 @@ from configs.errors import ConfigError
 from configs.schema import RunConfig
 
 CONFIG_DIR = Path(__file__).resolve().parent
+SHORT = reprlib.Repr()  # bounded, whatever nests in a value
+SHORT.maxstring = SHORT.maxother = 80
+SHORT.maxlevel = 2
 
 
 class _Loader(yaml.SafeLoader):
@@ -29,6 +33,8 @@ _Loader.add_implicit_resolver(
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`
+            continue
         key = loader.construct_object(key_node)
         if not isinstance(key, str):
             raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
@@ -45,7 +51,8 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError) as error:
+        # PyYAML's own constructors fail with any of these on an explicit tag such as `!!int ""`
         raise ConfigError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
@@ -60,8 +67,11 @@ def find_config(name: str | Path, beside: Path | None = None) -> Path:
         candidates = [beside / name, beside / f"{name}.yaml", *candidates]
     candidates += [CONFIG_DIR / name, CONFIG_DIR / f"{name}.yaml"]
     for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+        try:
+            if candidate.is_file():
+                return candidate
+        except OSError:  # a name too long for the file system, a folder that may not be entered
+            continue
     known = sorted(str(path.relative_to(CONFIG_DIR).with_suffix("")) for path in CONFIG_DIR.rglob("*.yaml"))
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or known
     raise ConfigError(f"{name}: no such config file; known names: {', '.join(near)}")
@@ -149,7 +159,7 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
         elif item["type"] == "value_error":
             lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}")
         else:
-            lines.append(f"{key}: {item['msg'][0].lower()}{item['msg'][1:]} (got {str(item.get('input'))[:80]!r})")
+            lines.append(f"{key}: {item['msg'][0].lower()}{item['msg'][1:]} (got {SHORT.repr(item.get('input'))})")
     return ConfigError(f"{where}: " + "; ".join(dict.fromkeys(lines)))
 
 

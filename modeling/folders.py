@@ -62,10 +62,13 @@ def resolve(path: str | Path) -> Path:
     """The model folder meant by a run directory (its newest valid checkpoint), a checkpoint folder or an exported folder.
 
     Raises:
-        FileNotFoundError: nothing there holds a model; the message says what was tried.
+        FileNotFoundError: nothing there holds a model, or it does not match its manifest; the message says what was tried.
     """
     folder = Path(path)
     if (folder / "config.json").is_file():
+        problem = fault(folder) if (folder / MANIFEST).is_file() else None  # exported folders have no manifest
+        if problem is not None:
+            raise FileNotFoundError(f"{folder} is damaged: {problem}")
         return folder
     faults = []
     for candidate, problem in valid_checkpoints(folder):

@@ -106,6 +106,8 @@ def resolve(kind: HookKind, name: str) -> type:
         cls = _load(target, kind.package)
     except (ImportError, AttributeError, ValueError) as error:
         raise HookError(f"{kind.name} {name!r} cannot be loaded: {error}") from None
+    except Exception as error:  # somebody else's module: its top level may raise anything
+        raise HookError(f"{kind.name} {name!r} cannot be loaded: {type(error).__name__}: {error}") from None
     if not (isinstance(cls, type) and issubclass(cls, _load(kind.base, kind.package))):
         raise HookError(f"{kind.name} {name!r} is not a class derived from {kind.base.replace(':', '.')}")
     return cls
@@ -176,5 +178,7 @@ def build(kind: HookKind, spec: dict[str, Any], **supplied: Any) -> Any:
     """Construct a hook from `{"name": ..., "options": {...}}` and the arguments that the framework supplies."""
     cls = check(kind, spec["name"], spec.get("options", {}))
     accepted = inspect.signature(cls).parameters
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    # A module without a constructor shows torch's **kwargs, which takes none of them.
+    own = _owner_of_init(cls) is not _load("torch.nn:Module", kind.package)
+    takes_all = own and any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     return cls(**{k: v for k, v in supplied.items() if k in accepted or takes_all}, **spec.get("options", {}))

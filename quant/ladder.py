@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -33,6 +34,10 @@ class LadderRow:
     ratio: float | None
     bits_per_byte: float | None
     note: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain mapping, the bits as text."""
+        return {**asdict(self), "bits": str(self.bits)}
 
 
 def _measure(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.report import write_report
 from configs.errors import UserError
 from configs.schema import RunConfig
 from modeling.auto import register
@@ -18,83 +19,74 @@ from quant.bits import Bits
 from quant.export_bnb import export_bnb_nf4
 from quant.export_hf import export_hf
 from quant.ladder import format_ladder, ladder
+from quant.perplexity import perplexity_of_rows
 from training.data.store import TokenStore
 from training.run_directory import environment
 
 
 def evaluate(config: RunConfig, store: TokenStore, checkpoint: Path) -> dict[str, Any]:
-    """Held-out loss in full precision and at each W-A-KV setting, in float32 arithmetic; also written to `evaluation.json`."""
+    """Held-out loss in full precision and at each W-A-KV setting, in float32 arithmetic; also written to `evaluation.json`.
+
+    Raises:
+        UserError: the network has matrices of which it is not known how they are quantized.
+    """
     model = MesokurtForCausalLM.from_pretrained(checkpoint).eval()
     rows = store.rows("held_out", np.arange(min(config.eval.rows, store.num_rows("held_out"))))
     settings = [Bits.parse(text) for text in config.eval.bits]
     per_token = store.bytes_per_token("held_out")
-    rungs = ladder(
-        model, rows, settings, (False, True) if config.eval.hadamard else (False,), bytes_per_token=per_token
-    )
+    transforms = (False, True) if config.eval.hadamard else (False,)
+    rungs = ladder(model, rows, settings, transforms, bytes_per_token=per_token)
     print(format_ladder(rungs))
-    full = next(r for r in rungs if r.loss is not None)
-    assert full.loss is not None
-    assert full.ratio is not None
-    loss = full.loss - math.log(full.ratio)
+    loss = perplexity_of_rows(model, rows).nats_per_token
     result = {
         "checkpoint": checkpoint.name,
         "rows": len(rows),
         "nats_per_token": loss,
         "bits_per_byte": loss / math.log(2) / per_token,
         "perplexity": math.exp(loss),
-        "ladder": [
-            {
-                "bits": str(r.bits),
-                "hadamard": r.hadamard,
-                "loss": r.loss,
-                "perplexity": r.perplexity,
-                "ratio": r.ratio,
-                "bits_per_byte": r.bits_per_byte,
-                "note": r.note,
-            }
-            for r in rungs
-        ],
+        "ladder": [rung.as_json() for rung in rungs],
         "environment": environment(),
     }
     Path(config.run.dir, "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(
-        f"held-out: {loss:.4f} nats/token, {result['bits_per_byte']:.4f} bits per byte ({len(rows)} rows of {store.context} tokens)"
-    )
+    measured = f"{loss:.4f} nats/token, {result['bits_per_byte']:.4f} bits per byte"
+    print(f"held-out: {measured} ({len(rows)} rows of {store.context} tokens)")
     return result
 
 
-def export(config: RunConfig, checkpoint: Path) -> dict[str, Path]:
-    """The formats that the config asks for, under `run.dir/export`."""
+def export(config: RunConfig, checkpoint: Path) -> None:
+    """The formats that the config asks for, under `run.dir/export`.
+
+    Raises:
+        UserError: the network is no stock Llama, a check inside the export failed, or bitsandbytes is missing.
+    """
     folder = Path(config.run.dir, "export")
-    written: dict[str, Path] = {}
-    if not config.export.formats:
-        return written
-    written["hf"] = folder / "hf"
-    parity = export_hf(checkpoint, written["hf"])
-    print(
-        f"exported {written['hf']} ({parity.architecture}, logits within {parity.relative_error:.1e} of the trained model)"
-    )
+    merged = folder / "hf"
+    parity = export_hf(checkpoint, merged)
+    print(f"exported {merged} ({parity.architecture}, logits within {parity.relative_error:.1e} of the trained model)")
     if "bnb-nf4" in config.export.formats:
-        written["bnb-nf4"] = folder / "bnb-nf4"
         try:
-            result = export_bnb_nf4(written["hf"], written["bnb-nf4"])
+            result = export_bnb_nf4(merged, folder / "bnb-nf4")
         except ImportError:
-            raise UserError(
-                "export.formats has bnb-nf4, but bitsandbytes is not installed; install it or remove the format"
-            ) from None
-        print(f"exported {written['bnb-nf4']} (reloads to identical logits)")
+            raise UserError("bitsandbytes is not installed; install it or take bnb-nf4 out of export.formats") from None
+        print(f"exported {result.path} (reloads to identical logits)")
         for note in result.notes:
             print(f"note: {note}")
-    return written
 
 
 def finish(config: RunConfig, store: TokenStore) -> None:
-    """Evaluate, export and report the newest checkpoint of a finished run."""
-    from analysis.report import write_report
+    """Evaluate, export and report the newest checkpoint of a finished run.
 
+    What a network does not allow (an activation that no stock architecture has, say) is told in one line and left out: the training
+    was good, and its checkpoint is there.
+    """
     register()
     checkpoint = resolve(config.run.dir)
-    if config.eval.bits:
-        evaluate(config, store, checkpoint)
-    export(config, checkpoint)
+    for wanted, stage in ((config.eval.bits, "4-bit evaluation"), (config.export.formats, "export")):
+        try:
+            if wanted and stage == "export":
+                export(config, checkpoint)
+            elif wanted:
+                evaluate(config, store, checkpoint)
+        except UserError as error:
+            print(f"no {stage}: {error}")
     print(f"report: {write_report(Path(config.run.dir))}")

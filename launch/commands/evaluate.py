@@ -42,6 +42,5 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         model, rows, settings, (False,) if arguments.no_hadamard else (False, True), bytes_per_token=bytes_per_token
     )
     print(format_ladder(rungs))
-    keys = ("hadamard", "loss", "perplexity", "ratio", "bits_per_byte", "note")
-    table = [{"bits": str(rung.bits), **{key: getattr(rung, key) for key in keys}} for rung in rungs]
+    table = [rung.as_json() for rung in rungs]
     return {"checkpoint": str(folder), "rows": len(rows), "tokens_per_row": rows.shape[1] - 1, "ladder": table}, 0

@@ -89,9 +89,17 @@ def route(model: nn.Module, algorithms: Mapping[Role, str], split_heads: bool = 
     """A route for every trainable parameter of `model`, in the model's order.
 
     Raises:
-        ConfigError: a parameter that matches no rule or two, or a matrix algorithm that no parameter gets.
+        ConfigError: a parameter that matches no rule or two, a role declared for no parameter, or no matrix for muon.
     """
     modules = dict(model.named_modules())
+    for module in modules.values():
+        own = dict(module.named_parameters(recurse=False))
+        for leaf in getattr(module, "optimizer_roles", {}):
+            if leaf not in own:
+                raise ConfigError(
+                    f"optimizer routing: {type(module).__name__} declares a role for {leaf!r}, which is none of its own "
+                    f"parameters ({', '.join(own) or 'it has none'}); correct the name in optimizer_roles"
+                )
     routes = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
