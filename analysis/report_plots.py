@@ -50,9 +50,12 @@ def _by_depth(axes: Axes, site: str, lines: Sequence[tuple[np.ndarray, np.ndarra
 
 
 def _scale_up(axes: Axes, largest: float, floor: float) -> None:
-    axes.set_ylim(0.0, 1.08 * max(largest, floor, 1e-3))
+    """From zero while the values are near the floor; logarithmic once outliers dwarf it."""
     if floor > 0 and largest > 40 * floor:
-        axes.set_yscale("symlog", linthresh=2 * floor)
+        axes.set_yscale("log", nonpositive="clip")
+        axes.set_ylim(floor / 4, 2.0 * largest)
+    else:
+        axes.set_ylim(0.0, 1.08 * max(largest, floor, 1e-3))
 
 
 def loss_plot(
@@ -165,6 +168,7 @@ def ladder_plot(bits: list[str], plain: list[float | None], rotated: list[float 
             axes.set_yscale("log")
         axes.margins(y=0.15)
         axes.grid(visible=False, axis="x")
+        axes.set_xlim(-0.6, len(bits) - 0.4)
         axes.set_xticks(places)
         axes.set_xticklabels(bits, parse_math=False)
         axes.set_xlabel("bits of weights - activations - KV")

@@ -166,8 +166,11 @@ def ladder(run: RunRecord) -> str:
         return h.section(title, h.missing("No 4-bit table: evaluation.json is missing or has no ladder."))
     bits = list(dict.fromkeys(rung["bits"] for rung in rungs))
     ratios = {(rung["bits"], rung["hadamard"]): rung["ratio"] for rung in rungs}
-    figure = plots.ladder_plot(bits, [ratios.get((b, False)) for b in bits], [ratios.get((b, True)) for b in bits])
-    caption = "Perplexity relative to full precision, round to nearest; 1 means no loss at all."
+    parts = []
+    if any(ratio is not None and math.isfinite(ratio) for ratio in ratios.values()):
+        figure = plots.ladder_plot(bits, [ratios.get((b, False)) for b in bits], [ratios.get((b, True)) for b in bits])
+        caption = "Perplexity relative to full precision, round to nearest; 1 means no loss at all."
+        parts.append(h.plot(inline_svg(figure, "ladder", caption), caption))
     head = ["bits", "FFN Hadamard", "nats per token", "perplexity", "ratio", "bits per byte"]
     noted = any(rung["note"] for rung in rungs)
     rows = [
@@ -179,11 +182,7 @@ def ladder(run: RunRecord) -> str:
         ]
         for rung in rungs
     ]
-    return h.section(
-        title,
-        h.plot(inline_svg(figure, "ladder", caption), caption),
-        h.table([*head, *(["note"] if noted else [])], rows),
-    )
+    return h.section(title, *parts, h.table([*head, *(["note"] if noted else [])], rows))
 
 
 def receipt(run: RunRecord) -> str:
