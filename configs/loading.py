@@ -77,15 +77,18 @@ def find_config(name: str | Path, beside: Path | None = None) -> Path:
     raise ConfigError(f"{name}: no such config file; known names: {', '.join(near)}")
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Deep merge: mappings merge, anything else (lists, hooks with another name) is replaced."""
+def _merge(base: dict[str, Any], over: dict[str, Any], depth: int = 0) -> dict[str, Any]:
+    """Deep merge: mappings merge, anything else is replaced.
+
+    Below the sections, a mapping with another `name` is another hook and replaces the old one whole, options included.
+    """
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        same_hook = (
-            isinstance(value, dict) and isinstance(old, dict) and value.get("name", old.get("name")) == old.get("name")
-        )
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) and same_hook else value
+        if not (isinstance(old, dict) and isinstance(value, dict)) or (depth > 0 and value.get("name", old.get("name")) != old.get("name")):
+            merged[key] = value
+        else:
+            merged[key] = _merge(old, value, depth + 1)
     return merged
 
 

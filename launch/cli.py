@@ -19,6 +19,7 @@ COMMANDS = {
     "export": "write a checkpoint for stock transformers",
     "analyze": "probe a checkpoint, or test a config for rotation symmetry",
     "reproduce": "a paper's claim against what this machine measures",
+    "checkpoint": "look into checkpoints, check them, or prove that a killed run loses nothing",
     "report": "one HTML page about a run",
     "hooks": "the catalogue of swappable parts",
     "config": "check configs without running them; print the JSON Schema",

@@ -8,19 +8,26 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.errors import UserError
 from configs.loading import load_config
-from modeling.auto import register
+from modeling.auto import load_whole
 from modeling.folders import resolve
 from modeling.hooks import KINDS
 
 
-def _refuse_outside_hooks(folder: Path) -> None:
-    """A config.json may not choose which Python module gets imported; a run's YAML, which the user wrote, may."""
-    config = json.loads((folder / "config.json").read_text())
-    if config.get("model_type") != "mesokurt":
+def refuse_outside_hooks(folder: Path) -> None:
+    """A config.json may not choose which Python module gets imported; a run's YAML, which the user wrote, may.
+
+    Raises:
+        UserError: it names a class outside the project, or it is not readable.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'}: not readable as JSON ({error})") from None
+    if not isinstance(config, dict) or config.get("model_type") != "mesokurt":
         return
     for kind in KINDS:
         spec = config.get(kind)
@@ -43,21 +50,20 @@ def load_model(checkpoint: str) -> tuple[PreTrainedModel, str]:
     Raises:
         UserError: nothing loadable there.
     """
-    register()
     where = checkpoint
     if Path(checkpoint).exists():
         try:
             folder = resolve(checkpoint)
         except FileNotFoundError as error:
             raise UserError(str(error)) from None
-        _refuse_outside_hooks(folder)
+        refuse_outside_hooks(folder)
         where = str(folder)
+    elif checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") > 1:
+        raise UserError(f"{checkpoint}: no such folder")
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{checkpoint}: no model can be loaded ({reason})") from None
-    return model.eval(), where
+        return load_whole(where), where
+    except ValueError as error:
+        raise UserError(f"{checkpoint}: no model can be loaded ({error})") from None
 
 
 def load_tokenizer(where: str) -> PreTrainedTokenizerBase:
@@ -78,6 +84,8 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, path: Path, window: int) ->
     Raises:
         UserError: the file cannot be read or is shorter than one window.
     """
+    if window < 1:
+        raise UserError(f"--window {window}: must be at least 1", exit_code=2)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -97,6 +105,8 @@ def held_out_rows(run_dir: str, rows: int) -> tuple[Tensor, float]:
     Raises:
         UserError: not a run directory, or its store is gone.
     """
+    if rows < 1:
+        raise UserError(f"--rows {rows}: must be at least 1", exit_code=2)
     from training.data.prepare import prepare
 
     saved = Path(run_dir) / "config.yaml"

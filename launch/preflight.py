@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from configs.errors import ConfigError
 from configs.schema import RunConfig
 from modeling.decoder import MesokurtForCausalLM
+from modeling.to_llama import obstacle
 from training.build import build_optimizer, check_hooks, model_config
 
 FLOAT = 4
@@ -60,11 +62,14 @@ def inspect_config(config: RunConfig, ranks: int) -> Size:
     """Resolve every hook, build the network without memory (meta device) and count.
 
     Raises:
-        ConfigError: a hook, an option or a parameter's routing is wrong.
+        ConfigError: a hook, an option or a parameter's routing is wrong, or an export is asked for that cannot be.
     """
     check_hooks(config)
     with torch.device("meta"):
         model = MesokurtForCausalLM(model_config(config))
+    reason = obstacle(model) if config.export.formats else None
+    if reason is not None:
+        raise ConfigError(f"export.formats: {reason} has no counterpart in a stock Llama; set export.formats: []")
     _, routes = build_optimizer(config, model)
     by_algorithm: dict[str, int] = {}
     for r in routes:

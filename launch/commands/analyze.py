@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from configs.errors import ConfigError, UserError
+from configs.errors import ConfigError
 
 EXAMPLE = (
     "mesokurt analyze --rotation-test configs/osp-1.4b.yaml    # or: mesokurt analyze runs/quickstart --probes kurtosis"
@@ -55,7 +55,20 @@ def _options(words: list[str]) -> dict[str, Any]:
     pairs = [word.partition("=") for word in words]
     if not all(separator for _, separator, _ in pairs):
         raise ConfigError(f"--option {' '.join(words)}: write NAME=VALUE")
-    return {name: yaml.safe_load(value) for name, _, value in pairs}
+    try:
+        return {name: yaml.safe_load(value) for name, _, value in pairs}
+    except (yaml.YAMLError, ValueError):
+        raise ConfigError(f"--option {' '.join(words)}: not valid YAML") from None
+
+
+def _probes(names: str, options: dict[str, Any]) -> list[Any]:
+    from analysis.hooks import PROBE
+    from modeling.hooks import HookError, build
+
+    try:
+        return [build(PROBE, {"name": name, "options": options}) for name in names.split(",")]
+    except HookError as error:
+        raise ConfigError(str(error)) from None
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
@@ -64,10 +77,11 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         return _rotation(arguments)
     if not arguments.checkpoint:
         raise ConfigError("analyze: name a checkpoint, or give --rotation-test CONFIG")
-    from analysis.hooks import PROBE
     from launch.loading import held_out_rows, load_model, load_tokenizer, text_windows
-    from modeling.hooks import HookError, build
 
+    if arguments.rows < 1:
+        raise ConfigError(f"--rows {arguments.rows}: must be at least 1")
+    probes = _probes(arguments.probes, _options(arguments.option))
     model, folder = load_model(arguments.checkpoint)
     if arguments.text:
         rows, _ = text_windows(
@@ -76,11 +90,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     else:
         rows, _ = held_out_rows(arguments.checkpoint, arguments.rows)
     found: dict[str, Any] = {}
-    for name in arguments.probes.split(","):
-        try:
-            probe = build(PROBE, {"name": name, "options": _options(arguments.option)})
-        except HookError as error:
-            raise UserError(str(error), exit_code=2) from None
+    for probe in probes:
         for part in rows[: arguments.rows, :-1].split(8):
             probe.observe(model, part)
         found |= probe.compute()

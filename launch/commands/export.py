@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Export; nothing is left behind when a check inside fails."""
+    from launch.loading import refuse_outside_hooks
     from modeling.folders import resolve
     from quant.export_hf import export_hf
 
@@ -33,6 +34,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         source = resolve(arguments.checkpoint)
     except FileNotFoundError as error:
         raise UserError(str(error)) from None
+    refuse_outside_hooks(source)
     if arguments.format == "hf":
         written = export_hf(source, arguments.out)
         print(
