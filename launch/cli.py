@@ -48,14 +48,26 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parse; `section.key=value` words may stand anywhere, also behind options, which argparse alone does not allow."""
+    arguments, rest = parser.parse_known_args(words)
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    strangers = [word for word in rest if word not in overrides]
+    if strangers or (overrides and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(strangers or overrides)}")
+    if overrides:
+        arguments.overrides = [*arguments.overrides, *overrides]
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; exit code 0, 1 (failed) or 2 (wrong command line or config)."""
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in words if word in COMMANDS), None)
-    arguments = build_parser(chosen or "").parse_args(words)
-    importlib.import_module(
-        "training.quiet"
-    ).quiet_libraries()  # imports torch: not before the command line is known to be good
+    arguments = parse(build_parser(chosen or ""), words)
+    from training.quiet import quiet_libraries  # imports torch: not before the command line is known to be good
+
+    quiet_libraries()
 
     def command() -> int:
         if not arguments.json:
