@@ -22,7 +22,12 @@ SHORT.maxlevel = 2
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 5e-4 as a number (YAML 1.1 does not) and refuses a key given twice."""
+    """Safe YAML that reads 5e-4 as a number (YAML 1.1 does not), a date as text, and refuses a key given twice."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as in the base class
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 _Loader.add_implicit_resolver(
@@ -85,7 +90,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any], depth: int = 0) -> dict[s
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        if not (isinstance(old, dict) and isinstance(value, dict)) or (depth > 0 and value.get("name", old.get("name")) != old.get("name")):
+        if not (isinstance(old, dict) and isinstance(value, dict)) or (
+            depth > 0 and value.get("name", old.get("name")) != old.get("name")
+        ):
             merged[key] = value
         else:
             merged[key] = _merge(old, value, depth + 1)

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    model_validator,
+)
 
 
 class Section(BaseModel):
@@ -32,13 +41,31 @@ class HookSpec(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
+def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as they are, when YAML and JSON can both hold them and give them back equal."""
+
+    def check(value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                check(key)
+                check(item)
+        elif isinstance(value, list):
+            for item in value:
+                check(item)
+        elif not (value is None or isinstance(value, (str, bool, int, float))) or value != value:
+            raise ValueError(f"an option is text, a number, true, false, null, a list or a mapping, not {value!r:.80}")
+
+    check(options)
+    return options
+
+
 def _hook_from_yaml(value: Any) -> Any:
     if isinstance(value, str):
         return HookSpec(name=value)
     if isinstance(value, dict):
         if not isinstance(value.get("name"), str):
             raise ValueError("a hook is a NAME or a mapping with a 'name'")
-        return HookSpec(name=value["name"], options={k: v for k, v in value.items() if k != "name"})
+        return HookSpec(name=value["name"], options=_plain_options({k: v for k, v in value.items() if k != "name"}))
     if isinstance(value, HookSpec):
         return value
     raise ValueError("a hook is a NAME or a mapping with a 'name'")
@@ -208,7 +235,7 @@ class OptimSection(Section):
 
     name: str = "muon"
     """Optimizer hook: `muon` (matrices by Muon, the rest by AdamW), `adamw`, or package.module:Class."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Annotated[dict[str, Any], AfterValidator(_plain_options)] = Field(default_factory=dict)
     """Options of the optimizer hook, checked against its signature (`mesokurt hooks`)."""
     lr: Annotated[float, Field(gt=0.0)] = 5e-4
     """Peak learning rate."""

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 class SiLU(nn.Module):
     """`x * sigmoid(x)`."""
 
+    paper = "arXiv 1702.03118"
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply elementwise."""
         return F.silu(x)
@@ -16,6 +18,8 @@ class SiLU(nn.Module):
 
 class GELU(nn.Module):
     """`x * Phi(x)`, exact."""
+
+    paper = "arXiv 1606.08415"
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply elementwise."""
@@ -32,6 +36,8 @@ class ReLU(nn.Module):
 
 class ReLU2(nn.Module):
     """`max(x, 0)^2` (Primer, So et al. 2021)."""
+
+    paper = "arXiv 2109.08668"
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply elementwise."""

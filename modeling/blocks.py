@@ -43,6 +43,8 @@ class PreNormBlock(GradientCheckpointingLayer):
 class ParallelBlock(PreNormBlock):
     """`x + attn(norm1(x)) + ffn(norm2(x))`: both branches read the same stream (GPT-J, PaLM)."""
 
+    paper = "arXiv 2204.02311"
+
     def forward(
         self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, Auxiliary]:

@@ -36,6 +36,8 @@ class EmbProj(PlainEmbedding):
     orthogonal at the start and trained by Muon. `input` and `output` switch each side.
     """
 
+    paper = "arXiv 2506.19697"
+
     def __init__(self, config: MesokurtConfig, input: bool = True, output: bool = True) -> None:
         super().__init__(config)
         self.rot_in = Rotation(config.hidden_size) if input else nn.Identity()

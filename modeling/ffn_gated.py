@@ -12,6 +12,8 @@ from .linear import ResidualWriter
 class GatedFFN(nn.Module):
     """`W_down( act(W_gate x) * W_up x )`, no biases. `[B, T, D] -> [B, T, D]`."""
 
+    paper = "arXiv 2002.05202"
+
     def __init__(self, config: MesokurtConfig, layer: int) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)

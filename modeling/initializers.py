@@ -36,6 +36,8 @@ def truncated_normal_(weight: Tensor, std: float, generator: torch.Generator) ->
 class LecunNormal:
     """The OSP paper's initialization: tables N(0, 1/D), matrices LeCun-normal (truncated, variance 1 / fan-in), rotations orthogonal."""
 
+    paper = "arXiv 2506.19697"
+
     def __init__(self, config: MesokurtConfig) -> None:
         self.width = config.hidden_size
 
@@ -68,6 +70,8 @@ class LecunNormal:
 
 class ScaledNormal(LecunNormal):
     """Normal with one `std`; layers that write to the residual stream divided by sqrt(2 L) (GPT-2)."""
+
+    paper = "Radford et al. 2019"
 
     def __init__(self, config: MesokurtConfig, std: float = 0.02) -> None:
         super().__init__(config)

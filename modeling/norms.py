@@ -14,6 +14,8 @@ def _widen(x: Tensor) -> Tensor:
 class RMSNorm(nn.Module):
     """`y = g * x / sqrt(mean(x^2) + eps)` with one gain per channel (Zhang & Sennrich 2019). `[..., D] -> [..., D]`."""
 
+    paper = "arXiv 1910.07467"
+
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.width, self.eps = width, eps
@@ -36,6 +38,8 @@ class SSNorm(nn.Module):
     Stored as shape `(1,)` because flat-parameter sharding mishandles 0-D tensors. `[..., D] -> [..., D]`.
     """
 
+    paper = "arXiv 2506.19697"
+
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.width, self.eps = width, eps
@@ -53,6 +57,8 @@ class SSNorm(nn.Module):
 
 class SimpleNorm(nn.Module):
     """`y = x / sqrt(mean(x^2) + eps)`, no parameters (the alternative that the OSP paper rejects). `[..., D] -> [..., D]`."""
+
+    paper = "arXiv 2506.19697"
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()

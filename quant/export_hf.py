@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from configs.errors import UserError
+from modeling.auto import load_whole
 from modeling.decoder import MesokurtForCausalLM
 from modeling.folders import resolve
 from modeling.to_llama import to_llama
@@ -27,21 +29,54 @@ class HFExport:
     relative_error: float
 
 
-def _check_tokenizer(source: Path, target: Path) -> None:
-    before, after = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(target)
+def _check_tokenizer(source: Path, written: Path, target: Path) -> None:
+    before, after = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(written)
     if before.encode(SAMPLE) != after.encode(SAMPLE) or before.get_vocab() != after.get_vocab():
         raise UserError(f"export {target}: the reloaded tokenizer gives other ids than {source}; nothing was exported")
 
 
+def _load_trained(source: Path) -> MesokurtForCausalLM:
+    try:
+        model = load_whole(source)
+    except ValueError as error:
+        raise UserError(f"export {source}: no model can be loaded ({error})") from None
+    if not isinstance(model, MesokurtForCausalLM):
+        raise UserError(
+            f"export {source}: a {type(model).__name__}, which is a stock model already; give a checkpoint of a run"
+        )
+    return model
+
+
+def _write(llama: PreTrainedModel, source: Path, folder: Path) -> None:
+    llama.save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copy(source / name, folder / name)
+
+
+def _parity(model: MesokurtForCausalLM, written: Path) -> tuple[str, float]:
+    """Class of the reloaded model, and its largest logit difference on random tokens relative to the largest logit."""
+    reloaded = AutoModelForCausalLM.from_pretrained(written, trust_remote_code=False).eval()
+    generator = torch.Generator().manual_seed(0)
+    length = min(64, model.config.max_position_embeddings)
+    tokens = torch.randint(model.config.vocab_size, (4, length), generator=generator)
+    expected = model(tokens).logits.double()
+    difference = (reloaded(tokens).logits.double() - expected).abs().max() / expected.abs().max()
+    return type(reloaded).__name__, float(difference)
+
+
 @torch.no_grad()
 def export_hf(checkpoint: str | Path, out: str | Path) -> HFExport:
-    """Merge a checkpoint into a stock Llama folder with its tokenizer, reload it, and compare.
+    """Merge a checkpoint into a stock Llama folder with its tokenizer, reload it, and compare; `out` is left alone unless all is well.
 
     Raises:
-        UserError: the network has a part that Llama lacks, or the reloaded model or tokenizer differs.
+        UserError: no checkpoint there, a part that Llama lacks, a full disk, or a reloaded model or tokenizer that differs.
     """
-    source, target = resolve(checkpoint), Path(out)
-    model = MesokurtForCausalLM.from_pretrained(source).eval()
+    try:
+        source, target = resolve(checkpoint), Path(out)
+    except FileNotFoundError as error:
+        raise UserError(f"export: {error}") from None
+    model = _load_trained(source)
     try:
         llama = to_llama(model)
     except ValueError as error:
@@ -49,26 +84,18 @@ def export_hf(checkpoint: str | Path, out: str | Path) -> HFExport:
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        llama.save_pretrained(partial)
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copy(source / name, partial / name)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _write(llama, source, partial)
+        architecture, difference = _parity(model, partial)
+        if not difference < TOLERANCE:
+            raise UserError(
+                f"export {target}: logits differ by {difference:.1e} (relative) from the trained model; nothing was exported"
+            )
+        if (partial / "tokenizer.json").is_file():
+            _check_tokenizer(source, partial, target)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    except (OSError, SafetensorError) as error:
         raise UserError(f"export {target}: cannot be written ({error})") from None
-    reloaded = AutoModelForCausalLM.from_pretrained(partial, trust_remote_code=False).eval()
-    generator = torch.Generator().manual_seed(0)
-    length = min(64, model.config.max_position_embeddings)
-    tokens = torch.randint(model.config.vocab_size, (4, length), generator=generator)
-    expected = model(tokens).logits.double()
-    difference = float((reloaded(tokens).logits.double() - expected).abs().max() / expected.abs().max())
-    if not difference < TOLERANCE:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"export {target}: logits differ by {difference:.1e} (relative) from the trained model; nothing was exported"
-        )
-    if (partial / "tokenizer.json").is_file():
-        _check_tokenizer(source, partial)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    return HFExport(type(reloaded).__name__, difference)
+    return HFExport(architecture, difference)

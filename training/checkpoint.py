@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,16 @@ SHAPE_KEYS = (
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after `step` updates; the data position is the step itself (the sampler is a pure function of it)."""
+    """Where a run stands after `step` updates; the data position is the step itself (the sampler is a pure function of it).
+
+    `unlogged` holds the sums of the losses (means over ranks) of the `unlogged_steps` steps since the last row of the log.
+    """
 
     step: int
     tokens: int
     skipped: int = 0
+    unlogged: dict[str, float] = field(default_factory=dict)
+    unlogged_steps: int = 0
 
 
 def _random_state() -> tuple[dict[str, Tensor], list[Any]]:
@@ -68,7 +73,7 @@ def _restore_random_state(tensors: dict[str, Tensor], saved: list[Any]) -> None:
 
 
 def save(engine: Engine, folder: Path, progress: Progress, tokenizer: Path, keep: int) -> Path:
-    """Write `folder/step-N` from every rank's state and drop all but the newest `keep`.
+    """Write `folder/step-N` from every rank's state; keep it and the `keep` - 1 before it (later ones were broken, or not resumed from).
 
     Raises:
         UserError: the disk is full or not writable; earlier checkpoints stay as they were.
@@ -98,8 +103,10 @@ def save(engine: Engine, folder: Path, progress: Progress, tokenizer: Path, keep
             raise UserError(
                 f"checkpoint {target}: cannot be written ({error}); free space; earlier checkpoints are untouched ({last})"
             ) from None
-        for old in checkpoints(folder.parent)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
+        found = checkpoints(folder.parent)
+        kept = found[found.index(target) :][:keep]
+        for other in [*(path for path in found if path not in kept), *folder.glob(".partial-*")]:
+            shutil.rmtree(other, ignore_errors=True)
     engine.barrier()
     return target
 

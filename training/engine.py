@@ -228,20 +228,17 @@ class Engine:
         """Set optimizer states from `read(key) -> Tensor | None` (whole, keyed as by `whole_tensors`); each rank keeps its part."""
         layout = self.optimizer.layout
         for tensor in self._held():
-            for name in layout.parameters_in(tensor):
-                step = read(f"step/{name}")
-                if step is not None:
-                    self.optimizer.state[tensor]["step"] = step.to(torch.float32)
-            for part in layout.slices(tensor):
-                for key in ("momentum", "exp_avg", "exp_avg_sq"):
-                    whole = read(f"{key}/{part.name}")
-                    if whole is None:
-                        continue
-                    state = self.optimizer.state[tensor]
-                    if key not in state:
-                        state[key] = torch.zeros_like(tensor)
+            state, names = self.optimizer.state[tensor], layout.parameters_in(tensor)
+            step = read(f"step/{names[0]}")  # one for all parameters of a tensor
+            if step is not None:
+                state["step"] = step.to(torch.float32)
+            for key in ("momentum", "exp_avg", "exp_avg_sq"):
+                if read(f"{key}/{names[0]}") is None:
+                    continue
+                state[key] = torch.zeros_like(tensor)  # also on a rank whose part of the tensor is padding only
+                for part in layout.slices(tensor):
                     target = state[key].view(-1)[part.offset : part.offset + part.stop - part.start]
-                    target.copy_(whole.flatten()[part.start : part.stop])
+                    target.copy_(read(f"{key}/{part.name}").flatten()[part.start : part.stop])
 
     def close(self) -> None:
         """Leave the process group."""

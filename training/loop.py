@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from analysis.probes.base import Probe
 from configs.schema import RunConfig
@@ -18,6 +17,7 @@ from training.data.loader import Loader, document_ids
 from training.data.store import TokenStore
 from training.engine import Engine
 from training.heldout import heldout_loss
+from training.loss_sums import LossSums
 from training.metrics import MetricsLog, Row
 from training.optim.schedules import Schedule
 from training.progress import ProgressBar
@@ -43,9 +43,11 @@ class Trainer:
     stop: StopSignal
     flops_per_token: float
     peak_flops: float
-    _parts: dict[str, Tensor] = field(default_factory=dict)
-    _steps_since_log: int = 0
+    _timed_steps: int = 0
     _clock: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.losses = LossSums(self.engine, self.progress.unlogged, self.progress.unlogged_steps)
 
     def run(self) -> Progress:
         """Train from where `progress` stands to `train.steps`."""
@@ -57,9 +59,10 @@ class Trainer:
             self.count(index + 1, norm)
             row = self.measure(index + 1, norm)
             self.write(row)
-            self.save_if_due(index + 1)
-            if self.engine.any(self.stop.requested) and index + 1 < self.config.train.steps:
+            stopping = self.engine.any(self.stop.requested)
+            if stopping or self.due(index + 1, self.config.checkpoint.every):
                 self.save()
+            if stopping:
                 break
         return self.progress
 
@@ -73,15 +76,15 @@ class Trainer:
             with self.engine.accumulating(last):
                 loss = self.objective(self.engine.model, batch)
                 self.engine.backward(loss.total, last)
-            for name, value in loss.parts.items():
-                self._parts[name] = self._parts.get(name, torch.zeros_like(value)) + value / len(batches)
+            self.losses.add(loss.parts, 1.0 / len(batches))
 
     def count(self, step: int, norm: float) -> None:
         """Advance the run's position; an update that was skipped for a non-finite gradient is counted as such."""
         per_step = self.config.train.global_batch * self.config.model.context
         skipped = self.progress.skipped + (0 if math.isfinite(norm) else 1)
         self.progress = Progress(step, step * per_step, skipped)
-        self._steps_since_log += 1
+        self.losses.steps += 1
+        self._timed_steps += 1
 
     def due(self, step: int, every: int | None) -> bool:
         """Whether something with this cadence happens after `step` updates; everything happens after the last one."""
@@ -101,15 +104,14 @@ class Trainer:
 
     def training_row(self, norm: float) -> Row:
         """Losses (means over ranks and the steps since the last row), learning rate, gradient norm and speed."""
-        names = list(self._parts)
-        values = self.engine.mean(torch.stack([self._parts[name].float() for name in names]) / self._steps_since_log)
+        losses = self.losses.take_means()
         now = time.perf_counter()
         seconds = now - self._clock
-        tokens = self._steps_since_log * self.config.train.global_batch * self.config.model.context
-        self._parts, self._steps_since_log, self._clock = {}, 0, now
+        tokens = self._timed_steps * self.config.train.global_batch * self.config.model.context
+        self._timed_steps, self._clock = 0, now
         rate = tokens / seconds
         return {
-            **dict(zip(names, values.tolist(), strict=True)),
+            **losses,
             "lr": self.engine.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
             "skipped": self.progress.skipped,
@@ -139,12 +141,8 @@ class Trainer:
                 self.log.write(whole)
             self.bar.show(whole)
 
-    def save_if_due(self, step: int) -> None:
-        """Checkpoint at its cadence and after the last step."""
-        if self.due(step, self.config.checkpoint.every):
-            self.save()
-
     def save(self) -> None:
         """Write a checkpoint of this moment."""
+        progress = replace(self.progress, unlogged=self.losses.reduced(), unlogged_steps=self.losses.steps)
         keep = self.config.checkpoint.keep
-        save(self.engine, self.run_dir.checkpoints, self.progress, self.store.tokenizer_folder, keep)
+        save(self.engine, self.run_dir.checkpoints, progress, self.store.tokenizer_folder, keep)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import set_seed
 
 from configs.errors import run_or_exit
 from configs.loading import load_config
@@ -52,7 +53,7 @@ def pretrain(config: RunConfig, stop: StopSignal | None = None) -> Path:
     accumulation(config, ranks.world_size)
     run_dir = RunDirectory(config, main)
     store = prepare(config, progress=main)
-    torch.manual_seed(config.run.seed)
+    set_seed(config.run.seed)
 
     model = build_model(config, store.eod_id)
     checkpoint = newest_valid(run_dir.path)

@@ -91,7 +91,11 @@ class RunDirectory:
             raise UserError(
                 f"run.dir {self.path}: another job is using it; wait for it or choose another run.dir"
             ) from None
-        self._claim(config)
+        try:
+            self._claim(config)
+        except BaseException:
+            self._lock.close()
+            raise
 
     def _claim(self, config: RunConfig) -> None:
         saved = self.path / "config.yaml"

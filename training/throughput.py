@@ -28,7 +28,8 @@ def flops_per_token(model: nn.Module, config: MesokurtConfig) -> float:
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """Measured FLOP/s of a square matrix product on this device: best of five after one warm-up."""
     n = size or (8192 if device.type == "cuda" else 1024)
-    a = torch.randn(n, n, device=device).to(dtype)
+    own = torch.Generator(device).manual_seed(0)  # the run's random state is not for measuring
+    a = torch.randn(n, n, device=device, generator=own).to(dtype)
     best = float("inf")
     for trial in range(6):
         if device.type == "cuda":

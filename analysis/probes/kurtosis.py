@@ -59,6 +59,8 @@ class Kurtosis(ActivationProbe):
         max_tokens: tokens per observation and rank.
     """
 
+    paper = "arXiv 2506.19697"
+
     sums: Tensor
     peaks: Tensor
 

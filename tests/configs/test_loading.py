@@ -143,6 +143,9 @@ def test_an_unknown_key_at_any_depth_names_the_near_ones(text: str, told: str, t
         ("optim: {adam: {betas: 0.9}}", "optim.adam.betas: "),
         ("model: {norm: 3}", "model.norm: a hook is a NAME or a mapping with a 'name'"),
         ("model: {norm: {eps: 3}}", "model.norm: a hook is a NAME or a mapping with a 'name'"),
+        ("model: {norm: {name: ssnorm, x: !!binary aGk=}}", "model.norm: an option is text, a number, true"),
+        ("optim: {options: {x: [{y: !!set {a}}]}}", "optim.options: an option is text, a number, true"),
+        ("optim: {options: {x: .nan}}", "optim.options: an option is text, a number, true"),
         ("probes: kurtosis", "probes: input should be a valid list"),
         ("probes: [{name: kurtosis, every: often}]", "every"),
         ("eval: {bits: [4-4]}", "eval.bits.0: string should match pattern"),
@@ -184,6 +187,10 @@ def test_every_spelling_of_a_number_is_a_number(number: str, tmp_path: Path) -> 
 def test_what_only_resembles_a_number_stays_text(word: str, tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "n.yaml", f"run: {{name: {word!r}}}\n")).run.name == word
     assert load_config("quickstart", [f"run.name='{word}'"]).run.name == word
+
+
+def test_a_date_is_text(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "d.yaml", "run: {name: 2026-11-24}\n")).run.name == "2026-11-24"
 
 
 def test_merge_keys_work(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from training.optim.routing import Role
 class AdamW(RoutedOptimizer):
     """AdamW on matrices, tables, vectors and scalars (the last two without decay)."""
 
+    paper = "arXiv 1711.05101"
+
     @classmethod
     def algorithms(cls, **options: Any) -> Mapping[Role, str]:
         """All roles go to AdamW."""

@@ -39,6 +39,8 @@ class Muon(RoutedOptimizer):
         embeddings: who trains token tables and the output head.
     """
 
+    paper = "arXiv 2506.19697, 2502.16982"
+
     needs_whole_matrices: ClassVar[bool] = True
 
     def __init__(

@@ -32,6 +32,8 @@ class Constant(Schedule):
 class WSD(Schedule):
     """Warm-up, stable, then linear decay over the last `decay_fraction` of the steps to `final` (trapezoidal; MiniCPM, SmolLM)."""
 
+    paper = "arXiv 2404.06395"
+
     def __init__(self, steps: int, warmup: int, decay_fraction: float = 0.2, final: float = 0.0) -> None:
         super().__init__(steps, warmup)
         self.decay_steps = max(1, round(steps * decay_fraction))
@@ -45,6 +47,8 @@ class WSD(Schedule):
 
 class Cosine(Schedule):
     """Half a cosine from 1 at the end of the warm-up to `final` at `steps` (Loshchilov & Hutter 2017)."""
+
+    paper = "arXiv 1608.03983"
 
     def __init__(self, steps: int, warmup: int, final: float = 0.1) -> None:
         super().__init__(steps, warmup)

@@ -1,0 +1,126 @@
+"""Small engines on any number of ranks: the same model, data and optimizer, whatever the ZeRO stage."""
+
+from __future__ import annotations
+
+import gc
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor
+
+from configs.loading import config_from_tree
+from configs.schema import RunConfig
+from modeling.config import MesokurtConfig
+from modeling.decoder import MesokurtForCausalLM
+from training.engine import Engine, start
+from training.objectives.next_token import NextToken
+from training.optim.muon import Muon
+from training.optim.routed import AdamSettings
+from training.optim.routing import route
+from training.rendezvous import read_rank_environment
+
+VOCAB, CONTEXT, GLOBAL_BATCH = 128, 16, 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run the same training."""
+
+    stage: int = 0
+    dtype: str = "fp32"
+    micro: int = 2
+    clip: float | None = None
+
+    def config(self) -> RunConfig:
+        """The run's config with this case's values."""
+        clip = {} if self.clip is None else {"clip_norm": self.clip}
+        train = {"global_batch": GLOBAL_BATCH, "micro_batch": self.micro, "dtype": self.dtype, **clip}
+        return config_from_tree({"train": train, "parallel": {"zero_stage": self.stage}}, "a test")
+
+
+@dataclass
+class Trained:
+    """What a run left behind (tensors on rank 0 only)."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def small_model(seed: int = 0, **changes: Any) -> MesokurtForCausalLM:
+    """Two OSP layers; width 24 and FFN 40 leave shards that cut matrices at odd places."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "seed": seed,
+    }
+    return MesokurtForCausalLM(MesokurtConfig(**(settings | changes)))
+
+
+def global_batch(step: int) -> Tensor:
+    """Noisy arithmetic sequences `[GLOBAL_BATCH, CONTEXT + 1]`: something that can be learned."""
+    draw = torch.Generator().manual_seed(step)
+    first, stride = (torch.randint(1, VOCAB, (GLOBAL_BATCH, 1), generator=draw) for _ in range(2))
+    noise = torch.randint(0, 3, (GLOBAL_BATCH, CONTEXT + 1), generator=draw)
+    return (first + stride % 7 * torch.arange(CONTEXT + 1) + noise) % VOCAB
+
+
+def small_engine(case: Case, seed: int = 0, model: MesokurtForCausalLM | None = None) -> Engine:
+    """An engine on this process's rank, of a given model or a small one; several may follow each other in one process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left behind by an accelerator with ZeRO
+    config, model = case.config(), model or small_model(seed)
+    adam = AdamSettings(1e-2, 0.01)
+    precision: Any = case.dtype
+    optimizer = Muon(route(model, Muon.algorithms()), 1e-2, 0.01, adam, ns_dtype=precision)
+    engine = Engine(config, start(config, read_rank_environment()), model, optimizer)
+    engine.model.train()
+    return engine
+
+
+def train_step(engine: Engine, case: Case, step: int, scale: float = 1.0) -> tuple[float, float]:
+    """One update on this rank's share of the step's batch; returns the global batch's mean loss and the gradient's norm."""
+    share = GLOBAL_BATCH // engine.world_size
+    parts = global_batch(step)[engine.rank * share : (engine.rank + 1) * share].split(case.micro)
+    total = torch.zeros(())
+    for number, tokens in enumerate(parts):
+        last = number == len(parts) - 1
+        with engine.accumulating(last):
+            loss = NextToken()(engine.model, {"tokens": tokens})
+            engine.backward(loss.total * scale, last)
+        total += loss.parts["loss"] / len(parts)
+    norm = engine.step()
+    return engine.mean(total).item(), norm
+
+
+def tensors_of(engine: Engine) -> dict[str, Tensor]:
+    """Every whole tensor, on rank 0; a collective."""
+    return {key: tensor.clone() for key, tensor in engine.whole_tensors() if tensor is not None}
+
+
+def dispose(engine: Engine) -> None:
+    """Let go of a finished engine before the next one is built."""
+    if engine.stage:
+        engine.accelerator.deepspeed_engine_wrapped.engine.destroy()
+    del engine
+    gc.collect()
+
+
+def train(case: Case, steps: int) -> Trained:
+    """Train from scratch for some steps on this process's rank."""
+    engine, result = small_engine(case), Trained()
+    for step in range(steps):
+        loss, norm = train_step(engine, case, step)
+        result.losses.append(loss)
+        result.norms.append(norm)
+    result.tensors = tensors_of(engine)
+    dispose(engine)
+    return result
