@@ -1,4 +1,5 @@
-"""The README's picture from two finished runs: `python benchmarks/picture.py runs/quickstart runs/quickstart-adam docs/results/quickstart.png`.
+"""The README's picture from finished runs:
+`python benchmarks/picture.py runs/quickstart runs/quickstart-adam docs/results/quickstart.png`.
 
 Also writes the same numbers beside it as JSON (`.json` in place of `.png`).
 """

@@ -243,7 +243,7 @@ class OptimSection(Section):
     adam: AdamSection = AdamSection()
     schedule: Hook = hook("wsd")
     warmup: NonNegative = 0
-    """Linear warm-up, in steps."""
+    """Linear warm-up, in steps; a run shorter than that ends on the way up."""
 
 
 class TrainSection(Section):
@@ -363,6 +363,4 @@ class RunConfig(Section):
             raise ValueError(
                 "train.compile does not work with parallel.zero_stage 3 (parameters come and go); turn one off"
             )
-        if self.optim.warmup > self.train.steps:
-            raise ValueError(f"optim.warmup {self.optim.warmup} is longer than train.steps {self.train.steps}")
         return self

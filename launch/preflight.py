@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from configs.errors import ConfigError
 from configs.schema import RunConfig
 from modeling.decoder import MesokurtForCausalLM
 from modeling.to_llama import obstacle
@@ -28,6 +27,7 @@ class Size:
     ranks: int
     state_bytes_by_stage: dict[int, int]
     activation_bytes: int
+    notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
         """Plain mapping."""
@@ -62,14 +62,13 @@ def inspect_config(config: RunConfig, ranks: int) -> Size:
     """Resolve every hook, build the network without memory (meta device) and count.
 
     Raises:
-        ConfigError: a hook, an option or a parameter's routing is wrong, or an export is asked for that cannot be.
+        ConfigError: a hook, an option or a parameter's routing is wrong.
     """
     check_hooks(config)
     with torch.device("meta"):
         model = MesokurtForCausalLM(model_config(config))
     reason = obstacle(model) if config.export.formats else None
-    if reason is not None:
-        raise ConfigError(f"export.formats: {reason} has no counterpart in a stock Llama; set export.formats: []")
+    notes = [f"{reason} has no counterpart in a stock Llama: the run will end without an export"] if reason else []
     _, routes = build_optimizer(config, model)
     by_algorithm: dict[str, int] = {}
     for r in routes:
@@ -85,6 +84,7 @@ def inspect_config(config: RunConfig, ranks: int) -> Size:
         ranks,
         _stage_bytes(total, states, ranks),
         _activation_bytes(config),
+        notes,
     )
 
 
@@ -99,5 +99,6 @@ def describe(name: str, size: Size) -> str:
             f"  tokens {size.tokens:,} in steps of {size.tokens_per_step:,}",
             f"  states per rank on {size.ranks} ranks: {memory}",
             f"  activations per rank (estimate): {size.activation_bytes / 2**30:.2f} GiB",
+            *(f"  note: {note}" for note in size.notes),
         ]
     )

@@ -50,7 +50,7 @@ def accumulation(config: RunConfig, world_size: int) -> int:
 
 
 def deepspeed_settings(config: RunConfig, stage: int, accumulate: int) -> dict[str, Any]:
-    """DeepSpeed's configuration. It measures the gradient's norm; clipping is ours (see `clip_factor`)."""
+    """DeepSpeed's configuration. Clipping is ours (see `Engine.step`): its own would clip with a norm that depends on the shards."""
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": accumulate,
@@ -68,15 +68,8 @@ def deepspeed_settings(config: RunConfig, stage: int, accumulate: int) -> dict[s
 
 
 def clip_factor(norm: float, limit: float | None) -> float:
-    """What gradients of this global norm are multiplied by: 1, or limit / norm rounded down to 8 significant bits.
-
-    Shards add up to a norm whose last bit depends on how they were cut. In the factor that bit would move every gradient, and bfloat16
-    Newton-Schulz turns one such bit into losses that differ by 5e-3 after 20 steps. Cost: gradients end up to 0.8 % below the limit.
-    """
-    if limit is None or norm <= limit:
-        return 1.0
-    mantissa, exponent = math.frexp(limit / norm)
-    return math.ldexp(math.floor(mantissa * 256.0), exponent - 8)
+    """What gradients of this global norm are multiplied by: limit / norm where the norm is above the limit, else 1."""
+    return 1.0 if limit is None or norm <= limit else limit / norm
 
 
 def start(config: RunConfig, ranks: RankEnvironment) -> Accelerator:
@@ -88,9 +81,7 @@ def start(config: RunConfig, ranks: RankEnvironment) -> Accelerator:
     stage = zero_stage(config, ranks)
     timeout = timedelta(seconds=config.parallel.timeout_seconds)
     on_cpu = not torch.cuda.is_available()
-    backend = (
-        "gloo" if on_cpu else "nccl"
-    )  # left to itself, accelerate sees no backend on a CPU host and calls every rank 0
+    backend = "gloo" if on_cpu else "nccl"  # by itself, accelerate sees none on a CPU host and calls every rank 0
     handlers: list[Any] = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if ranks.world_size > 1 else []
     if stage == 0:
         return Accelerator(
@@ -122,7 +113,7 @@ class Engine:
         )
         self.device: torch.device = accelerator.device
         self.stage = config.parallel.zero_stage if accelerator.distributed_type == "DEEPSPEED" else 0
-        self._norm = 0.0
+        self.clip_norm = config.train.clip_norm
         self.accumulate = accumulation(config, self.world_size)
         names = {id(p): name for name, p in model.named_parameters()}
         if config.train.compile:
@@ -137,7 +128,6 @@ class Engine:
         else:
             self.model = accelerator.prepare_model(model)
             optimizer.layout = Layout(optimizer.layout.sizes, optimizer.layout.names)
-        optimizer.gradient_factor = lambda: clip_factor(self.gradient_norm(), config.train.clip_norm)
 
     @property
     def is_main(self) -> bool:
@@ -145,9 +135,11 @@ class Engine:
         return self.rank == 0
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Accumulate gradients of one micro-batch's mean loss; with `last`, reduce them over ranks (and, under ZeRO, step)."""
+        """Accumulate gradients of one micro-batch's mean loss; with `last`, reduce them over ranks."""
         if self.stage:
-            self.accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=last)
+            engine = self.accelerator.deepspeed_engine_wrapped.engine
+            engine.set_gradient_accumulation_boundary(is_boundary=last)
+            engine.backward(loss)
         else:
             (loss / self.accumulate).backward()
 
@@ -158,20 +150,33 @@ class Engine:
         return self.accelerator.no_sync(self.model)
 
     def gradient_norm(self) -> float:
-        """Global norm of the raw gradient of the step under way or just done; non-finite when that step was skipped."""
-        if self.stage:  # known before DeepSpeed steps our optimizer, group by group
-            return float(self.accelerator.deepspeed_engine_wrapped.engine.optimizer._global_grad_norm)
-        return self._norm
+        """Global norm of the reduced raw gradient, added up in float64.
+
+        In float32 its last bit would depend on how the gradient is cut into shards, the clip factor would hand that bit to every
+        element, and bfloat16 Newton-Schulz turns one such bit into losses that differ by 5e-3 after 20 steps.
+        """
+        if self.stage:
+            parts = self.accelerator.deepspeed_engine_wrapped.engine.optimizer.averaged_gradients.values()
+            gradients = [gradient for part in parts for gradient in part]
+        else:
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+        total = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=self.device)
+        if self.stage:  # shards; without ZeRO every rank has the whole gradient
+            dist.all_reduce(total)
+        return math.sqrt(float(total))
 
     def step(self) -> float:
-        """Clip the raw gradient, update, clear; returns the gradient's global norm before clipping (non-finite: nothing moved)."""
-        if self.stage == 0:
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            self._norm = float(nn.utils.get_total_norm(gradients))
-            if math.isfinite(self._norm):
+        """Clip the raw gradient, update, clear; returns the norm before clipping (not finite: nothing moved, on any rank)."""
+        norm = self.gradient_norm()
+        self.optimizer.gradient_factor = clip_factor(norm, self.clip_norm)
+        if self.stage:
+            self.accelerator.deepspeed_engine_wrapped.engine.step()  # looks for overflow itself
+        else:
+            if math.isfinite(norm):
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return self.gradient_norm()
+        return norm
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over ranks, for logging."""

@@ -105,7 +105,8 @@ class RunDirectory:
                 for key, old, new in differences(load_config(saved), config)
                 if not key.startswith(MAY_CHANGE)
             ]
-            if changed:
+            started = (self.path / "metrics.jsonl").exists() or any(self.checkpoints.iterdir())
+            if changed and started:
                 raise ConfigError(
                     f"run.dir {self.path} belongs to a different config ({'; '.join(changed[:3])}); "
                     "choose another run.dir or restore the config"

@@ -72,11 +72,16 @@ def global_batch(step: int) -> Tensor:
     return (first + stride % 7 * torch.arange(CONTEXT + 1) + noise) % VOCAB
 
 
-def small_engine(case: Case, seed: int = 0, model: MesokurtForCausalLM | None = None) -> Engine:
-    """An engine on this process's rank, of a given model or a small one; several may follow each other in one process."""
+def forget_accelerator() -> None:
+    """Let the next accelerator of this process be of another kind; accelerate keeps one for good, also in the environment."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # left behind by an accelerator with ZeRO
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
+def small_engine(case: Case, seed: int = 0, model: MesokurtForCausalLM | None = None) -> Engine:
+    """An engine on this process's rank, of a given model or a small one; several may follow each other in one process."""
+    forget_accelerator()
     config, model = case.config(), model or small_model(seed)
     adam = AdamSettings(1e-2, 0.01)
     precision: Any = case.dtype

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -65,10 +64,10 @@ def two_ranks() -> OnRanks:
 
 
 @pytest.fixture(scope="module")
-def one_process() -> Iterator[dict[Case, Trained]]:
+def one_process() -> dict[Case, Trained]:
     """The same training without ranks, by case (stage 0)."""
     torch.manual_seed(0)
-    yield {case: train(case, STEPS) for case in [*EXACT, *ROUNDED] if case.stage == 0}
+    return {case: train(case, STEPS) for case in [*EXACT, *ROUNDED] if case.stage == 0}
 
 
 def distances(found: Trained, wanted: Trained) -> tuple[float, float, float]:
@@ -185,18 +184,15 @@ def test_clipping_bounds_the_raw_gradient_and_reports_the_norm_before() -> None:
     first_moments = [t / (1 - 0.9) for key, t in tensors.items() if key.startswith("exp_avg/")]
     assert norm > 1.0
     clipped = float(torch.cat([t.flatten() for t in momenta + first_moments]).norm())
-    assert 0.2 * (1 - 1 / 128) <= clipped <= 0.2 * (1 + 1e-5)
+    assert math.isclose(clipped, 0.2, rel_tol=1e-5)  # float32 momenta
 
 
 @pytest.mark.parametrize("limit", [0.1, 0.5, 1.0, 3.0])
-def test_clip_factor_stays_just_below_limit_over_norm_and_ignores_last_bits(limit: float) -> None:
+def test_clip_factor_brings_the_norm_to_the_limit_and_never_raises_it(limit: float) -> None:
     for norm in torch.logspace(-3, 3, 200, dtype=torch.float64).tolist():
         factor = clip_factor(norm, limit)
-        wanted = min(1.0, limit / norm)
-        assert wanted * (1 - 1 / 128) <= factor <= wanted
+        assert math.isclose(norm * factor, min(norm, limit), rel_tol=1e-12)
         assert (factor == 1.0) == (norm <= limit)
-        nudged = float(torch.nextafter(torch.tensor(norm, dtype=torch.float32), torch.tensor(math.inf)))
-        assert clip_factor(nudged, limit) == clip_factor(float(torch.tensor(norm, dtype=torch.float32)), limit)
     assert clip_factor(1e9, None) == 1.0
 
 

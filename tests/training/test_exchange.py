@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -85,7 +86,7 @@ def random_cuts(world: int, seed: int) -> dict[str, list[Range]]:
     ranges = {}
     for name in SHAPES:
         cuts = [0, *sorted(rng.randint(0, _size(name)) for _ in range(world - 1)), _size(name)]
-        ranges[name] = list(zip(cuts, cuts[1:], strict=False))
+        ranges[name] = list(pairwise(cuts))
     return ranges
 
 

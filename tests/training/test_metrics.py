@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,9 @@ from training.metrics import MetricsLog, read_metrics
 
 
 @pytest.fixture(autouse=True)
-def _no_tracking_service(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_tracking_service(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Weights & Biases is installed, it must not call home."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    yield
 
 
 def written(folder: Path, steps: range, resumed_step: int = 0) -> Path:

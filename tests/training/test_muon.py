@@ -212,7 +212,7 @@ def test_gradient_factor_multiplies_gradients_before_any_state() -> None:
     whole, half = Parameter(draw(6, 8, seed=0)), Parameter(draw(6, 8, seed=0))
     gradients = gradients_for((6, 8), 1)
     full, clipped = muon(whole), muon(half)
-    clipped.gradient_factor = lambda: 0.5
+    clipped.gradient_factor = 0.5
     steps(full, gradients, [whole])
     steps(clipped, gradients, [half])
     assert torch.equal(clipped.state[half]["momentum"], full.state[whole]["momentum"] * 0.5)

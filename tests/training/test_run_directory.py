@@ -47,6 +47,7 @@ def test_a_new_directory_holds_the_resolved_config_and_the_environment(tmp_path:
 )
 def test_another_config_is_refused_and_the_key_named(override: str, key: str, tmp_path: Path) -> None:
     config = claimed(tmp_path)
+    (tmp_path / "run" / "metrics.jsonl").touch()  # the run has begun
     with pytest.raises(ConfigError) as caught:
         claimed(tmp_path, override)
     assert "belongs to a different config" in str(caught.value)
@@ -55,8 +56,15 @@ def test_another_config_is_refused_and_the_key_named(override: str, key: str, tm
     RunDirectory(config)  # and the refused job must not keep the lock
 
 
+def test_a_folder_whose_run_never_began_may_be_claimed_by_a_mended_config(tmp_path: Path) -> None:
+    claimed(tmp_path)
+    mended = claimed(tmp_path, "optim.lr=0.5")
+    assert load_config(tmp_path / "run" / "config.yaml") == mended
+
+
 def test_all_differing_keys_are_named_up_to_three(tmp_path: Path) -> None:
     claimed(tmp_path)
+    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir()  # the run has begun
     with pytest.raises(ConfigError, match=r"model\.layers .*; optim\.lr .*; optim\.weight_decay"):
         claimed(tmp_path, "model.layers=3", "optim.lr=1.0", "optim.weight_decay=0.5")
 

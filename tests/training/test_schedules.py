@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -45,5 +46,5 @@ def test_factors_stay_in_the_unit_interval_and_every_update_moves(
 def test_decay_never_rises_and_never_undershoots(steps: int, final: float) -> None:
     for schedule in (WSD(steps, 0, 0.5, final), Cosine(steps, 0, final)):
         factors = [schedule(step) for step in range(steps + 1)]
-        assert all(later <= earlier + 1e-12 for earlier, later in zip(factors, factors[1:], strict=False))
+        assert all(later <= earlier + 1e-12 for earlier, later in pairwise(factors))
         assert factors[-1] == pytest.approx(final)

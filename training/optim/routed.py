@@ -53,7 +53,7 @@ class RoutedOptimizer(torch.optim.Optimizer):
         sizes = {r.name: r.parameter.numel() for r in routes}
         self.layout = Layout(sizes, {id(r.parameter): r.name for r in routes})
         self.updates: dict[str, Callable[[dict[str, Any], list[Tensor]], None]] = {"adamw": self._adamw}
-        self.gradient_factor: Callable[[], float] = lambda: 1.0
+        self.gradient_factor = 1.0
 
     @classmethod
     def algorithms(cls, **options: Any) -> Mapping[Role, str]:
@@ -67,13 +67,12 @@ class RoutedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Multiply gradients by `gradient_factor()` (the engine's clipping), then update every tensor that has one."""
+        """Multiply gradients by `gradient_factor` (the engine's clipping), then update every tensor that has one."""
         assert closure is None, "closures are not supported"
-        factor = self.gradient_factor()
         for group in self.param_groups:
             tensors = [p for p in group["params"] if p.grad is not None]
-            if tensors and factor != 1.0:
-                torch._foreach_mul_([p.grad for p in tensors], factor)
+            if tensors and self.gradient_factor != 1.0:
+                torch._foreach_mul_([p.grad for p in tensors], self.gradient_factor)
             if tensors:
                 self.updates[group["algorithm"]](group, tensors)
 
