@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 import reprlib
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,20 @@ CONFIG_DIR = Path(__file__).resolve().parent
 SHORT = reprlib.Repr()  # bounded, whatever nests in a value
 SHORT.maxstring = SHORT.maxother = 80
 SHORT.maxlevel = 2
+
+# What may change between the parts of one run without making it another run.
+MAY_CHANGE = (
+    "run.dir",
+    "run.name",
+    "parallel.",
+    "checkpoint.",
+    "eval.",
+    "export.",
+    "train.micro_batch",
+    "train.log_every",
+    "train.compile",
+    "data.store",
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -173,6 +188,20 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     return ConfigError(f"{where}: " + "; ".join(dict.fromkeys(lines)))
 
 
+def default_run_dir(path: Path, overrides: Sequence[str]) -> str:
+    """`runs/CONFIG`, or `runs/CONFIG-OVERRIDES` where overrides make it another run, so that variants do not collide.
+
+    Overrides that may change within one run (`MAY_CHANGE`) do not count.
+    """
+    inside = path.resolve().is_relative_to(CONFIG_DIR)
+    stem = str(path.resolve().relative_to(CONFIG_DIR).with_suffix("")) if inside else path.stem
+    telling = sorted(override for override in overrides if not override.startswith(MAY_CHANGE))
+    suffix = re.sub(r"[^\w.=,-]+", "_", ",".join(telling))
+    if len(suffix) > 80:
+        suffix = hashlib.sha256("\n".join(telling).encode()).hexdigest()[:12]
+    return f"runs/{stem}-{suffix}" if suffix else f"runs/{stem}"
+
+
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The validated config of a YAML file (or bare name) with `section.key=value` overrides applied.
 
@@ -183,6 +212,9 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree = _read_tree(path)
     for override in overrides:
         _apply_override(tree, override)
+    run = tree.setdefault("run", {})
+    if isinstance(run, dict):
+        run.setdefault("dir", default_run_dir(path, overrides))
     return config_from_tree(tree, str(path))
 
 

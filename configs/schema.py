@@ -96,7 +96,8 @@ class RunSection(Section):
     """Where the run lives and what makes it reproducible."""
 
     dir: str = "runs/default"
-    """Run directory: config, metrics, checkpoints, export and report. Relative to the working directory."""
+    """Run directory: config, metrics, checkpoints, export and report, relative to the working directory. A YAML that does not say
+    gets runs/ and its own name, with the overrides behind it."""
     seed: NonNegative = 0
     """Seed of weights (with the parameter's name), data order and held-out probes."""
     name: str = "run"

@@ -14,22 +14,9 @@ from typing import IO, Any
 import torch
 
 from configs.errors import ConfigError, UserError
-from configs.loading import differences, dump_config, load_config
+from configs.loading import MAY_CHANGE, differences, dump_config, load_config
 from configs.schema import RunConfig
 
-# What may change between the parts of one run without making it another run.
-MAY_CHANGE = (
-    "run.dir",
-    "run.name",
-    "parallel.",
-    "checkpoint.",
-    "eval.",
-    "export.",
-    "train.micro_batch",
-    "train.log_every",
-    "train.compile",
-    "data.store",
-)
 PACKAGES = (
     "torch",
     "deepspeed",

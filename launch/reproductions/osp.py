@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,13 @@ def arm_config(arm: str, seed: int, folder: Path, steps: int) -> RunConfig:
     return config_from_tree(tree, f"reproduction osp, {arm}")
 
 
-def train_arms(folder: Path, seeds: tuple[int, ...], steps: int) -> dict[str, dict[int, tuple[float, float]]]:
+def train_arms(
+    folder: Path, arms: Sequence[str], seeds: tuple[int, ...], steps: int
+) -> dict[str, dict[int, tuple[float, float]]]:
     """Final (kurtosis, held-out loss) of each arm and seed, through the normal trainer."""
     write_byte_tokenizer(folder / "bytes")
     found: dict[str, dict[int, tuple[float, float]]] = {}
-    for arm in ARMS:
+    for arm in arms:
         found[arm] = {}
         for seed in seeds:
             last = read_metrics(pretrain(arm_config(arm, seed, folder, steps)) / "metrics.jsonl")[-1]
@@ -76,28 +79,22 @@ def training_criteria(found: dict[str, dict[int, tuple[float, float]]]) -> list[
     criteria = []
     for seed, (kurtosis, loss) in found["osp"].items():
         adam_kurtosis, adam_loss = found["adam"][seed]
-        muon_kurtosis, muon_loss = found["muon"][seed]
-        both = {"osp": kurtosis, "adam": adam_kurtosis, "muon": muon_kurtosis}
-        losses = {"osp": loss, "adam": adam_loss, "muon": muon_loss}
+        both = {arm: by_seed[seed][0] for arm, by_seed in found.items()}
+        losses = {arm: by_seed[seed][1] for arm, by_seed in found.items()}
         criteria += [
             Criterion(
                 f"seed {seed}: OSP kurtosis against Adam's", both, "<= 0.4 x Adam", kurtosis <= 0.4 * adam_kurtosis
             ),
-            Criterion(
-                f"seed {seed}: OSP kurtosis against plain Muon's",
-                both,
-                "<= 0.5 x Muon",
-                kurtosis <= 0.5 * muon_kurtosis,
-            ),
             Criterion(f"seed {seed}: OSP kurtosis is small", kurtosis, "<= 0.6", kurtosis <= 0.6),
             Criterion(f"seed {seed}: OSP held-out loss against Adam's", losses, "<= Adam", loss <= adam_loss),
-            Criterion(
-                f"seed {seed}: OSP held-out loss against plain Muon's",
-                losses,
-                "<= Muon + 0.02",
-                loss <= muon_loss + 0.02,
-            ),
         ]
+        if "muon" in found:
+            muon_kurtosis, muon_loss = found["muon"][seed]
+            less_kurtosis, as_good = kurtosis <= 0.5 * muon_kurtosis, loss <= muon_loss + 0.02
+            criteria += [
+                Criterion(f"seed {seed}: OSP kurtosis against plain Muon's", both, "<= 0.5 x Muon", less_kurtosis),
+                Criterion(f"seed {seed}: OSP held-out loss against plain Muon's", losses, "<= Muon + 0.02", as_good),
+            ]
     return criteria
 
 
@@ -133,7 +130,7 @@ def planted_criteria() -> list[Criterion]:
 
 
 def reproduce(folder: Path, quick: bool) -> list[Criterion]:
-    """All three proofs; `quick` trains one seed for fewer steps and rotates one seed."""
-    seeds = SEEDS[:1] if quick else SEEDS
+    """All three proofs; `quick` takes one seed and leaves plain Muon out of the training."""
+    seeds, arms = (SEEDS[:1], ("adam", "osp")) if quick else (SEEDS, tuple(ARMS))
     criteria = [*symmetry_criteria(seeds, steps=15), *planted_criteria()]
-    return criteria + training_criteria(train_arms(folder, seeds, steps=600))
+    return criteria + training_criteria(train_arms(folder, arms, seeds, steps=600))

@@ -242,6 +242,29 @@ def test_a_wrong_override_is_told(override: str, told: str) -> None:
     assert told in refusal("quickstart", override)
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides", "folder"),
+    [
+        ("quickstart", [], "runs/quickstart"),
+        ("ladder/160m", [], "runs/ladder/160m"),
+        ("quickstart", ["train.steps=50", "model.norm=rmsnorm"], "runs/quickstart-model.norm=rmsnorm,train.steps=50"),
+        ("quickstart", ["eval.rows=3", "train.micro_batch=2", "parallel.zero_stage=3"], "runs/quickstart"),
+        ("quickstart", ["train.steps=50", "run.dir=here"], "here"),
+    ],
+)
+def test_a_variant_gets_a_run_directory_of_its_own(name: str, overrides: list[str], folder: str) -> None:
+    assert load_config(name, overrides).run.dir == folder
+
+
+def test_long_overrides_give_a_short_folder_that_still_tells_them_apart() -> None:
+    one, other = (
+        load_config("quickstart", [f"run.name=x{n}", f"data.sources=[{{kind: text, path: {'a' * 200}{n}}}]"])
+        for n in (1, 2)
+    )
+    assert one.run.dir != other.run.dir
+    assert len(one.run.dir) < 40
+
+
 def test_differences_name_the_dotted_keys_and_both_values() -> None:
     old, new = (
         load_config("quickstart"),
@@ -250,7 +273,7 @@ def test_differences_name_the_dotted_keys_and_both_values() -> None:
     found = {key: (a, b) for key, a, b in differences(old, new)}
     assert found["train.steps"] == (500, 600)
     assert found["model.norm"] == ("ssnorm", "rmsnorm")
-    assert set(found) == {"train.steps", "model.norm", "probes"}
+    assert set(found) == {"train.steps", "model.norm", "probes", "run.dir"}
 
 
 def test_a_config_cannot_be_changed_after_validation() -> None:
