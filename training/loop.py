@@ -112,7 +112,7 @@ class Trainer:
         rate = tokens / seconds
         return {
             **losses,
-            "lr": self.engine.optimizer.param_groups[0]["lr"],
+            "lr": self.config.optim.lr * self.schedule(self.progress.step - 1),
             "grad_norm": norm,
             "skipped": self.progress.skipped,
             "tokens_per_second": rate,
