@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -43,13 +44,29 @@ def run(line: str, folder: Path) -> str:
 
 
 def test_the_readme_shows_every_command() -> None:
-    assert {shlex.split(line)[1] for line in MESOKURT} >= set(COMMANDS) - {"checkpoint"}
+    assert {shlex.split(line)[1] for line in MESOKURT} == set(COMMANDS)
 
 
 def test_the_two_commands_are_targets_of_the_makefile() -> None:
     targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.M))
     wanted = {line.split()[1] for line in LINES if line.startswith("make ")}
     assert {"pretrain", "test"} <= wanted <= targets
+
+
+def test_the_table_of_results_is_the_measured_one() -> None:
+    """Figures in the README are those of docs/results/quickstart.json, rounded."""
+    runs = json.loads((ROOT / "docs/results/quickstart.json").read_text())["runs"]
+    rows = re.findall(r"^\| (?:Outlier-Safe|Adam) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README, re.M)
+    assert len(rows) == len(runs) == 2
+    for shown, found in zip(rows, runs, strict=True):
+        in_4_bits = next(r["loss"] for r in found["ladder"] if r["bits"] == "4-4-4" and not r["hadamard"])
+        kurtosis = f"{found['kurtosis'][-1][1]:.2f}"
+        assert shown == (
+            kurtosis,
+            f"{found['nats_per_token']:.3f}",
+            f"{found['bits_per_byte']:.3f}",
+            f"{in_4_bits:.3f}",
+        )
 
 
 def test_every_folder_of_the_map_exists() -> None:
