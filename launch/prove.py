@@ -145,9 +145,13 @@ def prove(config_name: str, overrides: Sequence[str], before: int, after: int, s
                 "checkpoint prove: the run needs a checkpoint before its end; set checkpoint.every and train.steps"
             )
         files = {name: _write(folder, config, name) for name, config in configs.items()}
-        step = random.Random(seed).randint(every + 1, steps - 1)
+        step = random.Random(seed).randint(every + 1, max(every + 1, steps * 3 // 4))
         _finish(files["whole"], before, folder / "whole.log")
         killed = _kill_after(files["killed"], before, folder / "killed.log", folder / "killed" / "metrics.jsonl", step)
+        if killed == steps:
+            raise UserError(
+                f"checkpoint prove: the run ended before it could be killed; give it more than {steps} steps"
+            )
         resumed = json.loads((resolve(folder / "killed") / "trainer.json").read_text())["progress"]["step"]
         _finish(files["killed"], after, folder / "killed.log")
         return _compare(folder, (before, after), killed, resumed)
