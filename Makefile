@@ -1,4 +1,4 @@
-# make env | pretrain | test | test-cluster | lint | format | clean      (needs CPython >= 3.11 and a C++ compiler)
+# make env | pretrain | test | test-cluster | lint | format | clean      (needs CPython >= 3.11 and a C compiler)
 #
 # PYTHON=python3.12      the interpreter that .venv is made with
 # TORCH_INDEX=URL        take torch from this wheel index (a CPU-only one, or another CUDA version)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from training.optim.exchange import Exchange, assign_owners
-from training.optim.newton_schulz import Coefficients, newton_schulz
+from training.optim.newton_schulz import Coefficients, Form, newton_schulz, newton_schulz_flops
 from training.optim.routed import AdamSettings, RoutedOptimizer
 from training.optim.routing import Role, Route
 
@@ -35,6 +35,7 @@ class Muon(RoutedOptimizer):
         coefficients: polynomial of the iteration, `jordan` (faithful to the paper) or `polar_express`.
         ns_steps: iterations.
         ns_dtype: arithmetic of the iterations.
+        ns_form: `standard`, or `gram`: on the small Gram matrix wherever that saves work (same result up to rounding).
         split_heads: orthogonalize query, key and value rows head by head.
         embeddings: who trains token tables and the output head.
     """
@@ -54,6 +55,7 @@ class Muon(RoutedOptimizer):
         coefficients: Coefficients = "jordan",
         ns_steps: int = 5,
         ns_dtype: Literal["bf16", "fp32", "fp64"] = "bf16",
+        ns_form: Form = "standard",
         split_heads: bool = False,
         embeddings: Literal["adam", "muon"] = "adam",
     ) -> None:
@@ -61,6 +63,7 @@ class Muon(RoutedOptimizer):
         self.momentum, self.nesterov = momentum, nesterov
         self.coefficients: Coefficients = coefficients
         self.ns_steps, self.ns_dtype = ns_steps, NS_DTYPES[ns_dtype]
+        self.ns_form: Form = ns_form
         self.updates["muon"] = self._muon
 
     @classmethod
@@ -91,7 +94,7 @@ class Muon(RoutedOptimizer):
         updates = {}
         for (rows, columns), names in batches.items():
             stack = torch.cat([matrices[name].view(-1, rows, columns) for name in names])
-            factor = newton_schulz(stack, self.ns_steps, self.coefficients, self.ns_dtype)
+            factor = newton_schulz(stack, self.ns_steps, self.coefficients, self.ns_dtype, self.ns_form)
             factor *= 0.2 * math.sqrt(max(rows, columns))
             counts = [self._blocks(name)[0] for name in names]
             updates.update({name: part.flatten() for name, part in zip(names, factor.split(counts), strict=True)})
@@ -104,8 +107,7 @@ class Muon(RoutedOptimizer):
 
     def _cost(self, name: str) -> float:
         count, rows, columns = self._blocks(name)
-        short, long = min(rows, columns), max(rows, columns)
-        return count * (4.0 * short * short * long + 2.0 * short**3)
+        return float(count * newton_schulz_flops(rows, columns, self.ns_steps, self.ns_form))
 
     def _muon(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
         lookahead = self._lookahead(tensors)
