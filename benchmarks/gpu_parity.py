@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -43,6 +45,11 @@ def joined(gradients: Gradients) -> Gradients:
     single = [name for name, gradient in gradients.items() if gradient.numel() == 1]
     found = {name: gradient.flatten() for name, gradient in gradients.items() if name not in single}
     return found | ({"scalars": torch.cat([gradients[name].flatten() for name in single])} if single else {})
+
+
+def has_cpp_compiler() -> bool:
+    """Whether torch.compile can build CPU code here."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "c++", "clang++"))
 
 
 def outcome(config: RunConfig, device: torch.device, dtype: torch.dtype, bf16: bool, compiled: bool) -> Outcome:
@@ -119,6 +126,8 @@ class Parity(Part):
         """One precision and mode against both references."""
         if compiled and self.bench.tiny and (network != "osp" or bf16):
             raise Skipped("--tiny compiles one setting only")
+        if compiled and self.bench.device.type == "cpu" and not has_cpp_compiler():
+            raise Skipped("torch.compile on a CPU needs a C++ compiler; there is none on PATH")
         counters.clear()
         found = outcome(self.configs[network], self.bench.device, torch.float32, bf16, compiled)
         breaks = sum(counters["graph_break"].values())

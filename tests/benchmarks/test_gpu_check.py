@@ -18,7 +18,7 @@ from benchmarks.gpu import PARTS, main, run_parts, verdict
 from benchmarks.gpu_corpus import END_OF_DOCUMENT, from_bytes
 from benchmarks.gpu_models import ADAM_BASELINE
 from benchmarks.gpu_optimizer import newton_schulz_batches
-from benchmarks.gpu_parity import Outcome, Parity, compare, joined
+from benchmarks.gpu_parity import Outcome, Parity, compare, has_cpp_compiler, joined
 from benchmarks.gpu_part import Bench, Cell, Found, OutOfBudget, Part, Skipped, explain, is_out_of_memory
 from benchmarks.gpu_results import load, plain, save
 from benchmarks.gpu_throughput import Throughput, rates
@@ -71,7 +71,8 @@ def test_every_part_is_done_and_parity_passes(whole: tuple[Path, subprocess.Comp
     parts = document["parts"]
     assert parts["parity"]["passed"]
     assert document["passed"]
-    assert parts["parity"]["cells"]["osp-fp32-compiled"]["status"] == "done"
+    compiled = parts["parity"]["cells"]["osp-fp32-compiled"]["status"]
+    assert compiled == ("done" if has_cpp_compiler() else "skipped")
     assert parts["matmul"]["flops_per_second"] > 0
     for cell in parts["throughput"]["cells"].values():
         assert cell["status"] == "skipped" or (cell["tokens_per_second"] > 0 and 0 < cell["mfu"] < 1)
