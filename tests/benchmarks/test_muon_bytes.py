@@ -26,7 +26,9 @@ def test_counted_bytes_are_the_predicted_ones() -> None:
             assert row["sent_bytes"] == row["predicted_sent_bytes"] > 0
             assert row["received_bytes"] == row["predicted_received_bytes"] > 0
         assert sum(row["sent_bytes"] for row in rows) == sum(row["received_bytes"] for row in rows)
-        assert sum(row["matrices"] for row in rows) == result["matrices"] == 2 * 7 + 2, "seven per layer, two of EmbProj"
+        assert sum(row["matrices"] for row in rows) == result["matrices"] == 2 * 7 + 2, (
+            "seven per layer, two of EmbProj"
+        )
         assert sum(row["owned_elements"] for row in rows) == result["elements"]
 
 

@@ -212,16 +212,15 @@ def test_muon_takes_the_gram_form_by_option() -> None:
     for form in ("standard", "gram"):
         parameters = [Parameter(gaussian(6, 40, seed=1)), Parameter(gaussian(6, 6, seed=2))]
         routes = [
-            Route(f"p{i}", p, tuple(p.shape), "matrix", "muon", True, (1, *p.shape))  # type: ignore[arg-type]
-            for i, p in enumerate(parameters)
+            Route(f"p{i}", p, tuple(p.shape), "matrix", "muon", True, (1, *p.shape)) for i, p in enumerate(parameters)
         ]
-        optimizer = Muon(routes, 1e-2, 0.1, AdamSettings(1e-2, 0.1), ns_dtype="fp64", ns_form=form)  # type: ignore[arg-type]
+        optimizer = Muon(routes, 1e-2, 0.1, AdamSettings(1e-2, 0.1), ns_dtype="fp64", ns_form=form)
         for parameter in parameters:
             parameter.grad = gaussian(*parameter.shape, seed=3)
         with FlopCounterMode(display=False) as counter:
             optimizer.step()
         shapes = [tuple(p.shape) for p in parameters]
-        assert counter.get_total_flops() == sum(newton_schulz_flops(m, n, 5, form) for m, n in shapes)  # type: ignore[arg-type]
+        assert counter.get_total_flops() == sum(newton_schulz_flops(m, n, 5, form) for m, n in shapes)
         found[form] = [p.detach() for p in parameters]
     for standard, gram in zip(found["standard"], found["gram"], strict=True):
         assert torch.allclose(standard, gram, atol=3e-12)
