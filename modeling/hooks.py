@@ -151,6 +151,12 @@ def _fits(value: Any, annotation: Any) -> bool:
     return isinstance(value, expected) if isinstance(expected, type) else True
 
 
+def _words(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(annotation)))}"
+    return f"a {annotation.__name__}" if isinstance(annotation, type) else f"a {annotation}"
+
+
 def check(kind: HookKind, name: str, options: dict[str, Any]) -> type:
     """The class behind `name`, after checking that `options` exist and have the right types.
 
@@ -164,10 +170,8 @@ def check(kind: HookKind, name: str, options: dict[str, Any]) -> type:
             near = difflib.get_close_matches(option, known, n=3, cutoff=0.5) or list(known)
             raise HookError(f"{kind.name} {name!r} has no option {option!r}; options: {', '.join(near) or 'none'}")
         if not _fits(value, known[option].annotation):
-            wanted = known[option].annotation
-            raise HookError(
-                f"{kind.name} {name!r}: option {option} = {value!r} is not a {getattr(wanted, '__name__', wanted)}"
-            )
+            wanted = _words(known[option].annotation)
+            raise HookError(f"{kind.name} {name!r}: option {option} = {value!r} is not {wanted}")
     missing = [o for o, p in known.items() if p.default is inspect.Parameter.empty and o not in options]
     if missing:
         raise HookError(f"{kind.name} {name!r} needs the option {', '.join(missing)}")

@@ -136,7 +136,7 @@ def test_fitting_options_are_accepted(options: dict[str, Any]) -> None:
         ({"power": True}, "option power = True is not a int"),
         ({"power": 2, "slope": "0.5"}, "option slope = '0.5' is not a float"),
         ({"power": 2, "slope": True}, "option slope = True is not a float"),
-        ({"power": 2, "mode": "medium"}, "option mode = 'medium' is not a"),
+        ({"power": 2, "mode": "medium"}, "option mode = 'medium' is not one of 'soft', 'hard'"),
         ({"power": 2, "name_of": 3}, "option name_of = 3 is not a"),
         ({"power": 2, "clip": 1}, "option clip = 1 is not a bool"),
         ({"power": 2, "clip": None}, "option clip = None is not a bool"),
