@@ -94,7 +94,10 @@ CONFIG_MISTAKES = [
     ("data.sampler=shufled", "data.sampler: unknown sampler 'shufled'; did you mean shuffled"),
     ("train.objective=next", "train.objective: unknown objective 'next'; "),
     ("probes=[kurtosiss]", "probes.0: unknown probe 'kurtosiss'; did you mean kurtosis"),
-    ("probes=[{name: kurtosis, mode: alone}]", "probes.0: probe 'kurtosis': option mode = 'alone' is not a"),
+    (
+        "probes=[{name: kurtosis, mode: alone}]",
+        "probes.0: probe 'kurtosis': option mode = 'alone' is not one of 'context', 'single_token'",
+    ),
     ("optim.options.momentum=high", "optim.name: optimizer 'muon': option momentum = 'high' is not a float"),
     ("optim.options.nestrov=true", "optim.name: optimizer 'muon' has no option 'nestrov'; options: nesterov"),
     ("model.norm=no_such_package:Norm", "model.norm: norm 'no_such_package:Norm' cannot be loaded"),
