@@ -6,8 +6,6 @@ The loader is compared with the tokens per second that a short training run of t
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import tempfile
@@ -17,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.figures import print_and_keep
 from configs.loading import load_config
 from configs.schema import RunConfig
 from training.data.document import Tally
@@ -106,14 +105,7 @@ def measure() -> dict[str, Any]:
 
 def main() -> int:
     """Print the figures, and write them where asked."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
-    result = measure()
-    print(json.dumps(result, indent=1))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print_and_keep(__doc__, measure)
     return 0
 
 

@@ -7,8 +7,6 @@ a rank sends to itself, and the matrices that Newton-Schulz gets. The formulas a
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import training.optim.muon
+from benchmarks.figures import print_and_keep
 from configs.loading import load_config
 from tests.ranks import run_ranks
 from training.build import build_model, build_optimizer
@@ -174,14 +173,7 @@ def measure(worlds: tuple[int, ...] = WORLDS, overrides: list[str] | None = None
 
 def main() -> int:
     """Print the figures, and write them where asked; exit code 1 where a count is not what the formula says."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
-    result = measure()
-    print(json.dumps(result, indent=1))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    result = print_and_keep(__doc__, measure)
     rows = [row for run in result["runs"] for row in run["per_rank"]]
     agree = all(row[f"{way}_bytes"] == row[f"predicted_{way}_bytes"] for row in rows for way in ("sent", "received"))
     return 0 if agree else 1

@@ -61,7 +61,6 @@ class RunDirectory:
     def __init__(self, config: RunConfig, main_process: bool = True) -> None:
         self.path = Path(config.run.dir)
         self.checkpoints = self.path / "checkpoints"
-        self.export = self.path / "export"
         self._lock: IO[str] | None = None
         if not main_process:
             return
