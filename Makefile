@@ -3,6 +3,7 @@
 # PYTHON=python3.12      the interpreter that .venv is made with
 # TORCH_INDEX=URL        take torch from this wheel index (a CPU-only one, or another CUDA version)
 # CONFIG=FILE            what `make pretrain` runs
+# WORKERS=4             test processes side by side; each uses one core
 # PYTEST_ARGS='-k muon'  more arguments for pytest
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -11,6 +12,7 @@ SHELL := /bin/bash
 ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONFIG ?= configs/quickstart.yaml
+WORKERS ?= 2
 PYTEST_ARGS ?=
 VENV := $(ROOT)/.venv
 RUN := cd $(ROOT) && PATH="$(VENV)/bin:$$PATH" VIRTUAL_ENV="$(VENV)"
@@ -21,7 +23,7 @@ STAMP := $(VENV)/.installed-$(shell cat $(ROOT)/pyproject.toml $(ROOT)/constrain
 .PHONY: help env pretrain test test-cluster lint format clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' $(ROOT)/Makefile | head -n 6
+	@sed -n 's/^# \{0,1\}//p' $(ROOT)/Makefile | head -n 7
 
 env: $(STAMP)
 
@@ -41,7 +43,7 @@ pretrain: env
 
 test: env
 	@if [ "$${CI:-}" = true ]; then $(ROOT)/launch/cluster/install.sh || echo "make test: the cluster tests will be skipped"; fi
-	$(RUN) python -m pytest $(PYTEST_ARGS)
+	$(RUN) python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 test-cluster: env
 	$(ROOT)/launch/cluster/install.sh
