@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -228,6 +228,27 @@ class Engine:
                         f"{key}/{name}",
                         None if whole is None else whole.view(self.optimizer.routes[name].shape).cpu(),
                     )
+
+    @torch.no_grad()
+    def load_weights(self, read: Callable[[str], Tensor]) -> None:
+        """Set every trained parameter from `read(name)`, the whole tensor; each rank reads all names and keeps its part.
+
+        States of the optimizer stay as they are. A collective under ZeRO.
+        """
+        zero: Any = self.accelerator.deepspeed_engine_wrapped.engine.optimizer if self.stage else None
+        if self.stage == 3:
+            zero._partition_all_parameters()  # small parameters stay gathered between steps; they are gathered anew below
+        for tensor in self._held():
+            for part in self.optimizer.layout.slices(tensor):
+                whole = read(part.name).flatten()
+                tensor.view(-1)[part.offset : part.offset + part.stop - part.start].copy_(whole[part.start : part.stop])
+        if self.stage == 3:
+            for group in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        elif self.stage:
+            zero.update_lp_params()
 
     def load_states(self, read: Any) -> None:
         """Set optimizer states from `read(key) -> Tensor | None` (whole, keyed as by `whole_tensors`); each rank keeps its part."""

@@ -48,9 +48,29 @@ def _starts_whole(stage: int) -> bool:
     return same if engine.is_main else not found
 
 
+def _takes_weights(stage: int) -> bool:
+    """After some steps, weights of another seed are loaded: shards and what the forward computes are those of the other model."""
+    other, case = small_model(seed=7), Case(stage)
+    weights = {name: parameter.detach() for name, parameter in other.named_parameters()}
+    engine = small_engine(case)
+    train_step(engine, case, 0)
+    before = {key: tensor for key, tensor in tensors_of(engine).items() if not key.startswith("model/")}
+    engine.load_weights(weights.__getitem__)
+    after = tensors_of(engine)
+    with torch.no_grad():
+        tokens = torch.arange(16).view(1, 16)
+        same = torch.equal(engine.model(tokens).logits, other(tokens).logits)
+    same = same and all(torch.equal(after[key], before[key]) for key in before)
+    if engine.is_main:
+        same = same and all(torch.equal(after[f"model/{name}"], weight) for name, weight in weights.items())
+    dispose(engine)
+    return same
+
+
 def _all_on_ranks() -> tuple[dict[Case, Trained], dict[int, Skip], dict[int, bool]]:
     trained = {case: train(case, STEPS) for case in [*EXACT, *ROUNDED]}
-    return trained, {stage: _skipped_step(stage) for stage in STAGES}, {stage: _starts_whole(stage) for stage in STAGES}
+    whole = {stage: _starts_whole(stage) and _takes_weights(stage) for stage in STAGES}
+    return trained, {stage: _skipped_step(stage) for stage in STAGES}, whole
 
 
 OnRanks = tuple[dict[Case, Trained], list[dict[int, Skip]], list[dict[int, bool]]]
@@ -134,7 +154,9 @@ def test_a_non_finite_gradient_skips_the_step_on_all_ranks(stage: int, two_ranks
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_shards_put_together_are_the_models_parameters(stage: int, two_ranks: OnRanks) -> None:
+def test_shards_put_together_are_the_models_parameters_also_after_loading_others(
+    stage: int, two_ranks: OnRanks
+) -> None:
     assert [per_stage[stage] for per_stage in two_ranks[2]] == [True, True]
 
 
