@@ -25,7 +25,7 @@ from configs.errors import UserError
 from modeling.config import MesokurtConfig
 from modeling.decoder import MesokurtForCausalLM
 from modeling.folders import checkpoints, valid_checkpoints, write_manifest
-from training.engine import Engine
+from training.engine import Engine, persistent_buffers
 
 logger = logging.getLogger("mesokurt")
 SHAPE_KEYS = (
@@ -166,12 +166,12 @@ def check_architecture(folder: Path, wanted: MesokurtConfig) -> None:
 
 
 def load_weights(folder: Path, model: MesokurtForCausalLM) -> None:
-    """Copy the checkpoint's weights into a model on the CPU (before the engine shards it).
+    """Copy the checkpoint's weights and persistent buffers into a model on the CPU (before the engine shards it).
 
     Raises:
         UserError: names, shapes or the file do not fit.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {**dict(model.named_parameters()), **persistent_buffers(model)}
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as stored, torch.no_grad():
             missing = set(parameters) ^ set(stored.keys())

@@ -67,6 +67,12 @@ def deepspeed_settings(config: RunConfig, stage: int, accumulate: int) -> dict[s
     }
 
 
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that checkpoints keep with the weights; every rank holds the same."""
+    kept = model.state_dict()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
 def clip_factor(norm: float, limit: float | None) -> float:
     """What gradients of this global norm are multiplied by: limit / norm where the norm is above the limit, else 1."""
     return 1.0 if limit is None or norm <= limit else limit / norm
@@ -85,7 +91,11 @@ def start(config: RunConfig, ranks: RankEnvironment) -> Accelerator:
     handlers: list[Any] = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if ranks.world_size > 1 else []
     if stage == 0:
         return Accelerator(
-            cpu=on_cpu, kwargs_handlers=[*handlers, DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+            cpu=on_cpu,
+            kwargs_handlers=[
+                *handlers,
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            ],
         )
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -178,6 +188,11 @@ class Engine:
             self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def sum_(self, values: Tensor) -> None:
+        """Sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+
     def mean(self, values: Tensor) -> Tensor:
         """Mean over ranks, for logging."""
         if self.world_size == 1:
@@ -205,10 +220,12 @@ class Engine:
             yield from self.accelerator.deepspeed_engine_wrapped.engine.optimizer.single_partition_of_fp32_groups
 
     def whole_tensors(self) -> Iterator[tuple[str, Tensor | None]]:
-        """`(key, tensor)` of every parameter (`model/NAME`) and state (`STATE/NAME`), float32 and whole on rank 0, None elsewhere.
+        """`(key, tensor)` of parameters, persistent buffers (`model/NAME`) and states (`STATE/NAME`): whole on rank 0, None elsewhere.
 
         Every rank must run through the whole iteration: each tensor is one collective when parameters are sharded.
         """
+        for name, buffer in persistent_buffers(self.module).items():
+            yield f"model/{name}", buffer.detach().cpu().clone() if self.is_main else None
         layout = self.optimizer.layout
         for tensor in self._held():
             state = self.optimizer.state[tensor]

@@ -23,6 +23,7 @@ from training.optim.schedules import Schedule
 from training.progress import ProgressBar
 from training.run_directory import RunDirectory
 from training.signals import StopSignal
+from training.step_hooks import StepHooks
 
 
 @dataclass
@@ -48,14 +49,17 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.losses = LossSums(self.engine, self.progress.unlogged, self.progress.unlogged_steps)
+        self.step_hooks = StepHooks(self.engine)
 
     def run(self) -> Progress:
         """Train from where `progress` stands to `train.steps`."""
         self.engine.model.train()
         for index in range(self.progress.step, self.config.train.steps):
             self.engine.optimizer.set_lr_factor(self.schedule(index))
+            self.step_hooks.before(index, self.config.train.steps)
             self.forward_backward(index)
             norm = self.engine.step()
+            self.step_hooks.after(norm)
             self.count(index + 1, norm)
             row = self.measure(index + 1, norm)
             self.write(row)
@@ -76,6 +80,7 @@ class Trainer:
             with self.engine.accumulating(last):
                 loss = self.objective(self.engine.model, batch)
                 self.engine.backward(loss.total, last)
+            self.step_hooks.take(loss.statistics)
             self.losses.add(loss.parts, 1.0 / len(batches))
 
     def count(self, step: int, norm: float) -> None:

@@ -16,8 +16,10 @@ class NextToken:
         tokens = batch["tokens"]
         output = model(tokens[:, :-1], document_ids=batch.get("document_ids"), use_cache=False)
         prediction = token_loss(output.logits, tokens[:, 1:])
-        extra = {name: value for name, value in (output.auxiliary or {}).items() if name.startswith("loss/")}
+        auxiliary = output.auxiliary or {}
+        extra = {name: value for name, value in auxiliary.items() if name.startswith("loss/")}
         total = prediction
         for value in extra.values():
             total = total + value
-        return Loss(total, {"loss": prediction.detach(), **{name: value.detach() for name, value in extra.items()}})
+        parts = {"loss": prediction.detach(), **{name: value.detach() for name, value in extra.items()}}
+        return Loss(total, parts, {name: value for name, value in auxiliary.items() if name not in extra})
