@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +31,24 @@ def refuse_outside_hooks(folder: Path) -> None:
     if not isinstance(config, dict) or config.get("model_type") != "mesokurt":
         return
     for kind in KINDS:
-        spec = config.get(kind)
-        name = spec.get("name", "") if isinstance(spec, dict) else str(spec)
-        if ":" in name and not _named_by_run(folder, name):
-            raise UserError(
-                f"{folder}: config.json names the {kind} {name}, a class outside the project; "
-                "load it from the run directory whose config.yaml names it"
-            )
+        for name in _names(config.get(kind)):
+            if ":" in name and not _named_by_run(folder, name):
+                raise UserError(
+                    f"{folder}: config.json names the {kind} {name}, a class outside the project; "
+                    "load it from the run directory whose config.yaml names it"
+                )
+
+
+def _names(spec: object) -> Iterator[str]:
+    """Every text in a hook's specification: its name, and those of hooks among its options."""
+    if isinstance(spec, dict):
+        for value in spec.values():
+            yield from _names(value)
+    elif isinstance(spec, list):
+        for value in spec:
+            yield from _names(value)
+    elif isinstance(spec, str):
+        yield spec
 
 
 def _named_by_run(folder: Path, name: str) -> bool:

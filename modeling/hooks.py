@@ -28,6 +28,7 @@ ACTIVATIONS = {
 FFNS = {
     "swiglu": ".ffn_gated:GatedFFN",
     "mlp": ".ffn_mlp:MLP",
+    "moe": ".ffn_moe:MoE",
 }
 EMBEDDINGS = {
     "plain": ".embeddings:PlainEmbedding",
@@ -40,6 +41,9 @@ BLOCKS = {
 INITIALIZERS = {
     "lecun_normal": ".initializers:LecunNormal",
     "scaled_normal": ".initializers:ScaledNormal",
+}
+ROUTERS = {
+    "topk": ".routers:TopK",
 }
 
 
@@ -81,6 +85,33 @@ KINDS = {
         ),
     )
 }
+
+INNER_KINDS = {
+    kind.name: kind
+    for kind in (
+        HookKind(
+            "router",
+            ROUTERS,
+            ("width", "experts", "active"),
+            "tokens [N, D] -> experts and weights [N, K], named auxiliary values",
+            base=".routers:Router",
+        ),
+    )
+}
+"""Kinds that are options of other hooks: a class names them in `inner = {option: kind}`."""
+
+
+def inner_spec(value: str | dict[str, Any]) -> dict[str, Any]:
+    """A hook given as an option, `NAME` or `{name: NAME, option: value}` -> `{"name", "options"}`.
+
+    Raises:
+        HookError: a mapping without a name.
+    """
+    if isinstance(value, str):
+        return {"name": value, "options": {}}
+    if not isinstance(value.get("name"), str):
+        raise HookError("a hook is a NAME or a mapping with a 'name'")
+    return {"name": value["name"], "options": {key: item for key, item in value.items() if key != "name"}}
 
 
 def _load(target: str, package: str) -> Any:
@@ -161,7 +192,8 @@ def check(kind: HookKind, name: str, options: dict[str, Any]) -> type:
     """The class behind `name`, after checking that `options` exist and have the right types.
 
     Raises:
-        HookError: unknown hook, unknown option (the right ones are listed), wrong type, or a missing required option.
+        HookError: unknown hook, unknown option (the right ones are listed), wrong type, a missing required option, or what the class's
+            own `check_options(**options)` refuses.
     """
     cls = resolve(kind, name)
     known = option_types(kind, cls)
@@ -175,6 +207,14 @@ def check(kind: HookKind, name: str, options: dict[str, Any]) -> type:
     missing = [o for o, p in known.items() if p.default is inspect.Parameter.empty and o not in options]
     if missing:
         raise HookError(f"{kind.name} {name!r} needs the option {', '.join(missing)}")
+    try:
+        for option, inner in getattr(cls, "inner", {}).items():
+            spec = inner_spec(options.get(option, known[option].default))
+            check(INNER_KINDS[inner], spec["name"], spec["options"])
+        if hasattr(cls, "check_options"):
+            cls.check_options(**options)
+    except HookError as error:
+        raise HookError(f"{kind.name} {name!r}: {error}") from None
     return cls
 
 

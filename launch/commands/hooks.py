@@ -35,13 +35,14 @@ def _outside(config_name: str) -> dict[str, list[str]]:
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Print kind, name, first line of the documentation, paper and options of every hook."""
     from analysis.hooks import KINDS as PROBES
+    from modeling.hooks import INNER_KINDS as INNER
     from modeling.hooks import KINDS as MODEL
     from modeling.hooks import option_types, resolve
     from training.hooks import KINDS as TRAINING
 
     outside = _outside(arguments.config) if arguments.config else {}
     catalogue = []
-    for kind in (*MODEL.values(), *TRAINING.values(), *PROBES.values()):
+    for kind in (*MODEL.values(), *INNER.values(), *TRAINING.values(), *PROBES.values()):
         print(f"\n{kind.name}: {kind.contract}")
         for name in (*kind.table, *outside.get(kind.name, ())):
             cls = resolve(kind, name)

@@ -1,0 +1,141 @@
+"""Mixture-of-experts feed-forward layer: a router, a stack of experts, and experts that every token visits."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import MesokurtConfig
+from .experts import Experts
+from .ffn_gated import GatedFFN
+from .ffn_mlp import MLP
+from .hooks import INNER_KINDS, HookError, build, inner_spec
+from .routers import Routing
+
+
+def within_capacity(routing: Routing, count: int, capacity: int) -> Tensor:
+    """Slots `[N, K]` that fit when each expert takes at most `capacity`; the largest weights stay, earlier tokens on ties."""
+    used = torch.ones_like(routing.experts, dtype=torch.bool) if routing.kept is None else routing.kept
+    experts = torch.where(used, routing.experts, count).flatten()
+    by_weight = routing.weights.detach().flatten().argsort(descending=True, stable=True)
+    order = by_weight[experts[by_weight].argsort(stable=True)]
+    grouped = experts[order]
+    starts = torch.searchsorted(grouped, torch.arange(count + 1, device=grouped.device))
+    place = torch.arange(len(order), device=order.device) - starts[grouped]
+    fits = torch.empty_like(used.flatten()).scatter_(0, order, (place < capacity) & (grouped < count))
+    return fits.view_as(used)
+
+
+class MoE(nn.Module):
+    """`y = sum_shared FFN(x) + sum_{e chosen} w_e FFN_e(x)`. `[B, T, D] -> [B, T, D]` and named auxiliary values.
+
+    Without a capacity no token is dropped. With one, an expert takes at most `ceil(capacity_factor * active * tokens / experts)` tokens
+    of a forward; slots beyond that add nothing (the residual carries the token) and are counted.
+
+    Args:
+        config, layer: supplied by the decoder.
+        experts: how many routed experts.
+        active: how many of them each token visits.
+        expert_width: hidden width of one expert; model.ffn_width / active when null (the cost of the dense layer).
+        shared_experts: experts that every token visits, as one network of that many times the width.
+        router: router hook, NAME or {name: NAME, option: value}.
+        capacity_factor: null: dropless.
+        gated: SwiGLU-like experts; false: plain two-layer ones.
+    """
+
+    paper = "arXiv 1701.06538"
+    inner = {"router": "router"}  # noqa: RUF012 - options that are hooks, and their kinds
+
+    def __init__(
+        self,
+        config: MesokurtConfig,
+        layer: int,
+        experts: int = 8,
+        active: int = 2,
+        expert_width: int | None = None,
+        shared_experts: int = 0,
+        router: str | dict[str, Any] = "topk",
+        capacity_factor: float | None = None,
+        gated: bool = True,
+    ) -> None:
+        super().__init__()
+        self.check_options(experts, active, expert_width, shared_experts, capacity_factor=capacity_factor)
+        width = expert_width or max(1, config.intermediate_size // active)
+        self.capacity_factor, self.active, self.count = capacity_factor, active, experts
+        spec, kind = inner_spec(router), INNER_KINDS["router"]
+        self.router = build(kind, spec, width=config.hidden_size, experts=experts, active=active)
+        self.experts = Experts(config, experts, width, gated)
+        self.shared_experts: nn.Module | None = None
+        if shared_experts:
+            shared = copy.copy(config)
+            shared.intermediate_size = shared_experts * width
+            self.shared_experts = (GatedFFN if gated else MLP)(shared, layer)
+
+    @classmethod
+    def check_options(
+        cls,
+        experts: int = 8,
+        active: int = 2,
+        expert_width: int | None = None,
+        shared_experts: int = 0,
+        router: object = None,
+        capacity_factor: float | None = None,
+        gated: bool = True,
+    ) -> None:
+        """Refuse values that cannot work.
+
+        Raises:
+            HookError: names the option, its value and what is wanted.
+        """
+        if experts < 1:
+            raise HookError(f"experts {experts}: must be at least 1")
+        if not 1 <= active <= experts:
+            raise HookError(f"active {active} is not between 1 and experts {experts}")
+        if expert_width is not None and expert_width < 1:
+            raise HookError(f"expert_width {expert_width}: must be at least 1")
+        if shared_experts < 0:
+            raise HookError(f"shared_experts {shared_experts}: must be at least 0")
+        if capacity_factor is not None and not 0.0 < capacity_factor < math.inf:
+            raise HookError(f"capacity_factor {capacity_factor}: must be above 0, or null for no limit")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Apply to each position."""
+        tokens = x.flatten(0, -2)
+        routing = self.router(tokens)
+        auxiliary = dict(routing.auxiliary)
+        if self.capacity_factor is not None:
+            capacity = math.ceil(self.capacity_factor * self.active * len(tokens) / self.count)
+            kept = within_capacity(routing, self.count, capacity)
+            wanted = routing.experts.numel() if routing.kept is None else routing.kept.sum()
+            auxiliary["router/dropped"] = wanted - kept.sum()
+            routing.kept = kept
+        y = self.routed(tokens, routing)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(tokens)
+        return y.view_as(x), auxiliary
+
+    def routed(self, tokens: Tensor, routing: Routing) -> Tensor:
+        """Weighted sum of the chosen experts' outputs, `[N, D]`."""
+        slots = routing.experts.shape[1]
+        experts = routing.experts.flatten()
+        if routing.kept is not None:
+            experts = torch.where(routing.kept.flatten(), experts, self.count)  # unused slots are sorted to the end
+        order = experts.argsort(stable=True)
+        counts = torch.zeros(self.count + 1, dtype=torch.int64, device=experts.device)
+        counts = counts.scatter_add_(0, experts, torch.ones_like(experts))[: self.count]
+        if routing.kept is not None:
+            order = order[: int(counts.sum())]
+        rows = order.div(slots, rounding_mode="floor")
+        outputs = self.experts(tokens.index_select(0, rows), counts)
+        weights = routing.weights.flatten().index_select(0, order)
+        wide = outputs if outputs.dtype == torch.float64 else outputs.float()
+        weighted = wide * weights[:, None]
+        return (
+            torch.zeros(tokens.shape, dtype=wide.dtype, device=tokens.device)
+            .index_add(0, rows, weighted)
+            .to(outputs.dtype)
+        )

@@ -1,0 +1,197 @@
+"""The mixture-of-experts layer against a loop over tokens, and the identities that its parts must satisfy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from modeling.experts import grouped_linear, looped_linear
+from modeling.ffn_gated import GatedFFN
+from modeling.ffn_moe import MoE, within_capacity
+from modeling.hooks import KINDS, HookError, check
+from modeling.routers import Routing, balance_loss, expert_counts, z_loss
+from tests.modeling.small import roughen, small_config, small_model, tokens
+
+WIDTH = 24
+
+
+def layer(dtype: torch.dtype = torch.float64, activation: str = "silu", **options: Any) -> MoE:
+    """One layer of 5 experts, 2 active, of 12 hidden channels, with random weights; evaluation mode."""
+    moe = MoE(small_config(activation=activation), 0, **({"experts": 5, "active": 2, "expert_width": 12} | options))
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) / math.sqrt(parameter.shape[-1]))
+    return moe.to(dtype).eval()
+
+
+def states(rows: int = 2, length: int = 9, dtype: torch.dtype = torch.float64, seed: int = 2) -> Tensor:
+    return torch.randn(rows, length, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        dtype
+    )
+
+
+def token_by_token(moe: MoE, x: Tensor) -> Tensor:
+    """The definition: for each token, the chosen experts' networks one after the other."""
+    experts, out = moe.experts, []
+    for token in x.flatten(0, 1):
+        p = (moe.router.weight @ token).softmax(0)
+        chosen = (p + moe.router.bias).argsort(descending=True)[: moe.active]
+        y = torch.zeros_like(token)
+        for e in chosen:
+            up = experts.up_proj[e] @ token
+            hidden = experts.act_fn(experts.gate_proj[e] @ token) * up if experts.gated else experts.act_fn(up)
+            y = y + p[e] / p[chosen].sum() * (experts.down_proj[e] @ hidden)
+        if moe.shared_experts is not None:
+            y = y + moe.shared_experts(token)
+        out.append(y)
+    return torch.stack(out).view_as(x)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gated": False}, {"shared_experts": 2}, {"active": 5}, {"active": 1}], ids=str
+)
+def test_the_layer_is_its_definition_in_value_and_every_gradient(options: dict[str, Any]) -> None:
+    """float64, so only the order of sums differs."""
+    moe, x = layer(**options), states().requires_grad_()
+    draw = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    leaves = [x, *moe.parameters()]
+    found = moe(x)[0]
+    wanted = token_by_token(moe, x)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(
+        torch.autograd.grad((found * draw).sum(), leaves),
+        torch.autograd.grad((wanted * draw).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=str)
+def test_a_grouped_product_is_the_loop_over_experts(dtype: torch.dtype, tolerance: float) -> None:
+    """In value and gradients, with an expert that nobody chose; bfloat16 rounds once per product, 2^-8 relative."""
+    counts, draw = [3, 0, 7, 1], torch.Generator().manual_seed(0)
+    results = []
+    for grouped in (True, False):
+        draw.manual_seed(0)
+        x = torch.randn(11, WIDTH, generator=draw).to(dtype).requires_grad_()
+        weight = torch.randn(4, 16, WIDTH, generator=draw).to(dtype).requires_grad_()
+        ends = torch.tensor(counts).cumsum(0).int()
+        y = grouped_linear(x, weight, ends) if grouped else looped_linear(x, weight, counts)
+        upstream = torch.randn(y.shape, generator=draw).to(dtype)
+        results.append([y, *torch.autograd.grad(y, [x, weight], upstream)])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * float(theirs.detach().abs().max()))
+    assert not results[0][2][1].any(), "an expert without tokens has no gradient"
+
+
+def test_identical_experts_with_weights_that_sum_to_one_are_the_dense_layer() -> None:
+    moe, dense = layer(), GatedFFN(small_config(intermediate_size=12), 0).double()
+    with torch.no_grad():
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            getattr(moe.experts, part).copy_(getattr(dense, part).weight.expand_as(getattr(moe.experts, part)))
+    torch.testing.assert_close(moe(states())[0], dense(states()), rtol=1e-12, atol=1e-12)
+
+
+def test_the_order_of_tokens_does_not_matter() -> None:
+    moe, x = layer(), states(1, 20)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(moe(x[:, order])[0], moe(x)[0][:, order], rtol=1e-12, atol=1e-12)
+
+
+def test_an_even_load_costs_one_and_a_collapsed_one_as_many_as_there_are_experts() -> None:
+    even = torch.full((10, 5), 0.2)
+    assert float(balance_loss(even, torch.full((5,), 4))) == pytest.approx(1.0)
+    collapsed = torch.tensor([1.0, 0, 0, 0, 0]).expand(10, 5)
+    assert float(balance_loss(collapsed, torch.tensor([10, 0, 0, 0, 0]))) == pytest.approx(5.0)
+
+
+def test_the_z_losss_gradient_is_twice_logsumexp_times_softmax() -> None:
+    logits = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (gradient,) = torch.autograd.grad(z_loss(logits), logits)
+    wanted = 2 * logits.logsumexp(-1, keepdim=True) * logits.softmax(-1) / 6
+    torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_capacity_keeps_the_largest_weights_and_dropped_slots_add_nothing() -> None:
+    moe, x = layer(capacity_factor=0.6), states(2, 10)
+    free = layer()
+    routing = free.router(x.flatten(0, 1))
+    capacity = math.ceil(0.6 * 2 * 20 / 5)
+    kept = within_capacity(routing, 5, capacity)
+    for e in range(5):
+        mine = routing.experts == e
+        assert int((kept & mine).sum()) == min(capacity, int(mine.sum()))
+        if (mine & ~kept).any():
+            assert routing.weights[mine & ~kept].max() <= routing.weights[mine & kept].min()
+    y, auxiliary = moe(x)
+    assert int(auxiliary["router/dropped"]) == int((~kept).sum()) > 0
+    masked = Routing(routing.experts, routing.weights * kept)
+    torch.testing.assert_close(y.flatten(0, 1), free.routed(x.flatten(0, 1), masked), rtol=1e-12, atol=1e-12)
+
+
+def test_a_capacity_that_suffices_drops_nothing() -> None:
+    y, auxiliary = layer(capacity_factor=5.0)(states())
+    assert int(auxiliary["router/dropped"]) == 0
+    torch.testing.assert_close(y, layer()(states())[0], rtol=1e-12, atol=1e-12)
+
+
+def test_the_bias_moves_towards_starved_experts_and_never_enters_the_weights() -> None:
+    moe, x = layer(router={"name": "topk", "bias_rate": 0.01}), states(4, 16)
+    first = moe(x)[1]["router/counts"]
+    for _ in range(40):
+        moe.router.after_step(lambda _: None, moe(x)[1]["router/counts"])
+    even = moe(x)[1]["router/counts"]
+    assert even.max() - even.min() < first.max() - first.min()
+    routing = moe.router(x.flatten(0, 1))
+    p = (x.flatten(0, 1) @ moe.router.weight.T).softmax(-1).gather(-1, routing.experts)
+    torch.testing.assert_close(routing.weights, p / p.sum(-1, keepdim=True))
+    assert torch.equal(expert_counts(routing.experts, None, 5), even)
+
+
+def test_jitter_is_for_training_only() -> None:
+    moe, x = layer(router={"name": "topk", "jitter": 0.1}), states()
+    assert torch.equal(moe(x)[0], moe(x)[0])
+    moe.train()
+    assert not torch.equal(moe(x)[0], moe(x)[0])
+
+
+def test_recomputed_blocks_route_alike_and_give_the_same_gradients() -> None:
+    """Activation checkpointing replays the jitter; losses leave by the return value once."""
+    ffn = {"name": "moe", "options": {"experts": 4, "expert_width": 16, "router": {"name": "topk", "jitter": 0.1}}}
+    gradients = []
+    for checkpointing in (False, True):
+        model = roughen(small_model("sdpa", ffn=ffn)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        output = model(tokens(2, 7), labels=tokens(2, 7))
+        (output.loss + output.auxiliary["loss/router_balance"]).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"experts": 4, "active": 5}, "active 5 is not between 1 and experts 4"),
+        ({"experts": 0}, "experts 0: must be at least 1"),
+        ({"expert_width": 0}, "expert_width 0"),
+        ({"shared_experts": -1}, "shared_experts -1"),
+        ({"capacity_factor": 0.0}, "capacity_factor 0.0"),
+        ({"router": "topp"}, "unknown router 'topp'; did you mean topk?"),
+        ({"router": {"name": "topk", "jitte": 0.1}}, "router 'topk' has no option 'jitte'"),
+        ({"router": {"name": "topk", "jitter": 1.5}}, "router 'topk': jitter 1.5 is out of range"),
+        ({"router": {"jitter": 0.1}}, "a hook is a NAME or a mapping with a 'name'"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_values_that_cannot_work_are_refused_in_one_line(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(HookError) as caught:
+        check(KINDS["ffn"], "moe", options)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
