@@ -274,8 +274,23 @@ class ParallelSection(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """0: plain data parallel; 1, 2, 3: DeepSpeed ZeRO (partitioned optimizer, + gradients, + parameters)."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What ZeRO keeps in host memory between uses: the optimizer's states, float32 weights and gradients; with `parameters` (stage 3) also
+    the weights that the forward reads."""
     timeout_seconds: Positive = 600
     """How long a collective may wait for a peer."""
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> ParallelSection:
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError(
+                f"offload {self.offload!r} needs zero_stage 1, 2 or 3; plain data parallel offloads nothing"
+            )
+        if self.offload == "parameters" and self.zero_stage != 3:
+            raise ValueError(
+                f"offload 'parameters' needs zero_stage 3 (stage {self.zero_stage} keeps whole parameters); use 'optimizer'"
+            )
+        return self
 
 
 class CheckpointSection(Section):

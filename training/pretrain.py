@@ -19,12 +19,13 @@ from configs.loading import load_config
 from configs.schema import RunConfig
 from modeling.decoder import MesokurtForCausalLM
 from modeling.hooks import build
+from training.accelerator import accumulation, start, zero_stage
 from training.build import build_model, build_optimizer, build_probes, build_schedule, check_hooks
 from training.checkpoint import Progress, check_architecture, load_training_state, load_weights, newest_valid
 from training.data.loader import Loader
 from training.data.prepare import prepare
 from training.data.store import TokenStore
-from training.engine import Engine, accumulation, start, zero_stage
+from training.engine import Engine
 from training.finish import finish
 from training.hooks import OBJECTIVE, SAMPLER
 from training.loop import Trainer

@@ -15,7 +15,8 @@ from configs.loading import config_from_tree
 from configs.schema import RunConfig
 from modeling.config import MesokurtConfig
 from modeling.decoder import MesokurtForCausalLM
-from training.engine import Engine, start
+from training.accelerator import start
+from training.engine import Engine
 from training.objectives.next_token import NextToken
 from training.optim.muon import Muon
 from training.optim.routed import AdamSettings
@@ -33,12 +34,15 @@ class Case:
     dtype: str = "fp32"
     micro: int = 2
     clip: float | None = None
+    offload: str = "none"
 
     def config(self) -> RunConfig:
         """The run's config with this case's values."""
         clip = {} if self.clip is None else {"clip_norm": self.clip}
         train = {"global_batch": GLOBAL_BATCH, "micro_batch": self.micro, "dtype": self.dtype, **clip}
-        return config_from_tree({"train": train, "parallel": {"zero_stage": self.stage}}, "a test")
+        return config_from_tree(
+            {"train": train, "parallel": {"zero_stage": self.stage, "offload": self.offload}}, "a test"
+        )
 
 
 @dataclass

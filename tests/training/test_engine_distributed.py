@@ -10,7 +10,8 @@ import torch
 from configs.errors import UserError
 from tests.ranks import run_ranks
 from tests.training.engines import Case, Trained, dispose, small_engine, small_model, tensors_of, train, train_step
-from training.engine import accumulation, clip_factor, deepspeed_settings
+from training.accelerator import accumulation, deepspeed_settings
+from training.engine import clip_factor
 from training.objectives.next_token import NextToken
 
 STEPS = 20

@@ -110,7 +110,9 @@ class Muon(RoutedOptimizer):
         return float(count * newton_schulz_flops(rows, columns, self.ns_steps, self.ns_form))
 
     def _muon(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
-        lookahead = self._lookahead(tensors)
+        lookahead = [
+            u.to(self.device or u.device) for u in self._lookahead(tensors)
+        ]  # offloaded states are worked on there
         slices = [
             (tensor, u, part)
             for tensor, u in zip(tensors, lookahead, strict=True)
@@ -125,4 +127,4 @@ class Muon(RoutedOptimizer):
             torch._foreach_mul_(tensors, 1.0 - group["lr"] * group["weight_decay"])
         for tensor, _, part in slices:
             target = tensor.view(-1)[part.offset : part.offset + part.stop - part.start]
-            target.add_(updates[part.name], alpha=-group["lr"])
+            target.add_(updates[part.name].to(target.device), alpha=-group["lr"])

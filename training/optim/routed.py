@@ -54,6 +54,7 @@ class RoutedOptimizer(torch.optim.Optimizer):
         self.layout = Layout(sizes, {id(r.parameter): r.name for r in routes})
         self.updates: dict[str, Callable[[dict[str, Any], list[Tensor]], None]] = {"adamw": self._adamw}
         self.gradient_factor = 1.0
+        self.device: torch.device | None = None  # where matrices are exchanged and worked on; None: where they are
 
     @classmethod
     def algorithms(cls, **options: Any) -> Mapping[Role, str]:
