@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MesokurtConfig
+from .dispatch import Plan
+from .experts_fused import fused_experts
 from .hooks import KINDS, build
 from .initializers import truncated_normal_
 
@@ -45,11 +47,10 @@ class Experts(nn.Module):
 
     def __init__(self, config: MesokurtConfig, count: int, width: int, gated: bool) -> None:
         super().__init__()
-        if gated:
-            self.gate_proj = nn.Parameter(torch.empty(count, width, config.hidden_size))
-        self.up_proj = nn.Parameter(torch.empty(count, width, config.hidden_size))
+        inner = (count, width, config.hidden_size)
+        self.gate_proj = nn.Parameter(torch.empty(inner)) if gated else None
+        self.up_proj = nn.Parameter(torch.empty(inner))
         self.down_proj = nn.Parameter(torch.empty(count, config.hidden_size, width))
-        self.gated = gated
         self.optimizer_roles = dict.fromkeys(dict(self.named_parameters()), "matrix")
         self.act_fn = build(KINDS["activation"], config.activation)
 
@@ -57,23 +58,31 @@ class Experts(nn.Module):
         """LeCun-normal per expert (truncated, variance 1 / fan-in)."""
         truncated_normal_(parameter, 1.0 / math.sqrt(parameter.shape[-1]), generator)
 
-    def _stacks(self, x: Tensor) -> list[Tensor]:
-        """Gate (where there is one), up and down stacks in the arithmetic's dtype."""
-        stacks = ([self.gate_proj] if self.gated else []) + [self.up_proj, self.down_proj]
-        return [stack.to(x.dtype) for stack in stacks]
+    def _fusible(self, x: Tensor) -> bool:
+        """Whether an expert at a time is the way: on the CPU, when the activation has no parameters that need a gradient."""
+        return x.device.type == "cpu" and next(self.act_fn.parameters(), None) is None
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """Tokens `[S, D]` sorted by expert, `counts` `[E]` int64 of them each -> `[S, D]`."""
+    def forward(self, x: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+        """Tokens `[N, D]`, where they go, and the weight of each sorted place `[S]` -> each token's weighted sum `[N, D]`."""
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
+        gate = None if self.gate_proj is None else self.gate_proj.to(x.dtype)
+        up, down = self.up_proj.to(x.dtype), self.down_proj.to(x.dtype)
+        if self._fusible(x):
+            return fused_experts(x, weights, gate, up, down, plan, self.act_fn)
+        tokens = x.index_select(0, plan.rows)
         if has_grouped(x):
-            ends = counts.cumsum(0).int()
-            return self._network(lambda rows, stack: grouped_linear(rows, stack, ends), x)
-        sizes = counts.tolist()
-        return self._network(lambda rows, stack: looped_linear(rows, stack, sizes), x)
+            ends = plan.counts.cumsum(0).int()
+            outputs = self._network(lambda rows, stack: grouped_linear(rows, stack, ends), tokens, gate, up, down)
+        else:
+            sizes = plan.counts.tolist()
+            outputs = self._network(lambda rows, stack: looped_linear(rows, stack, sizes), tokens, gate, up, down)
+        weighted = outputs.to(weights.dtype) * weights[:, None]
+        return torch.zeros(x.shape, dtype=weighted.dtype, device=x.device).index_add(0, plan.rows, weighted).to(x.dtype)
 
-    def _network(self, linear: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
-        *before, up, down = self._stacks(x)
-        hidden = self.act_fn(linear(x, before[0])) * linear(x, up) if before else self.act_fn(linear(x, up))
+    def _network(
+        self, linear: Callable[[Tensor, Tensor], Tensor], x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor
+    ) -> Tensor:
+        hidden = self.act_fn(linear(x, up)) if gate is None else self.act_fn(linear(x, gate)) * linear(x, up)
         return linear(hidden, down)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import MesokurtConfig
+from .dispatch import plan
 from .experts import Experts
 from .ffn_gated import GatedFFN
 from .ffn_mlp import MLP
@@ -63,7 +64,7 @@ class MoE(nn.Module):
         gated: bool = True,
     ) -> None:
         super().__init__()
-        self.check_options(experts, active, expert_width, shared_experts, capacity_factor=capacity_factor)
+        self.check_options(experts, active, expert_width, shared_experts, router, capacity_factor)
         width = expert_width or max(1, config.intermediate_size // active)
         self.capacity_factor, self.active, self.count = capacity_factor, active, experts
         spec, kind = inner_spec(router), INNER_KINDS["router"]
@@ -82,7 +83,7 @@ class MoE(nn.Module):
         active: int = 2,
         expert_width: int | None = None,
         shared_experts: int = 0,
-        router: object = None,
+        router: str | dict[str, Any] = "topk",
         capacity_factor: float | None = None,
         gated: bool = True,
     ) -> None:
@@ -101,6 +102,12 @@ class MoE(nn.Module):
             raise HookError(f"shared_experts {shared_experts}: must be at least 0")
         if capacity_factor is not None and not 0.0 < capacity_factor < math.inf:
             raise HookError(f"capacity_factor {capacity_factor}: must be above 0, or null for no limit")
+        spec = inner_spec(router)
+        try:
+            with torch.device("meta"):  # a router checks its own values
+                build(INNER_KINDS["router"], spec, width=1, experts=experts, active=active)
+        except HookError as error:
+            raise HookError(f"router {spec['name']!r}: {error}") from None
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Apply to each position."""
@@ -120,22 +127,5 @@ class MoE(nn.Module):
 
     def routed(self, tokens: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of the chosen experts' outputs, `[N, D]`."""
-        slots = routing.experts.shape[1]
-        experts = routing.experts.flatten()
-        if routing.kept is not None:
-            experts = torch.where(routing.kept.flatten(), experts, self.count)  # unused slots are sorted to the end
-        order = experts.argsort(stable=True)
-        counts = torch.zeros(self.count + 1, dtype=torch.int64, device=experts.device)
-        counts = counts.scatter_add_(0, experts, torch.ones_like(experts))[: self.count]
-        if routing.kept is not None:
-            order = order[: int(counts.sum())]
-        rows = order.div(slots, rounding_mode="floor")
-        outputs = self.experts(tokens.index_select(0, rows), counts)
-        weights = routing.weights.flatten().index_select(0, order)
-        wide = outputs if outputs.dtype == torch.float64 else outputs.float()
-        weighted = wide * weights[:, None]
-        return (
-            torch.zeros(tokens.shape, dtype=wide.dtype, device=tokens.device)
-            .index_add(0, rows, weighted)
-            .to(outputs.dtype)
-        )
+        where = plan(routing.experts, routing.kept, self.count)
+        return self.experts(tokens, where, routing.weights.flatten().index_select(0, where.order))

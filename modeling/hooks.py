@@ -44,6 +44,8 @@ INITIALIZERS = {
 }
 ROUTERS = {
     "topk": ".routers:TopK",
+    "dense_to_sparse": ".routers_dense_to_sparse:DenseToSparse",
+    "activation_dense_to_sparse": ".routers_dense_to_sparse:ActivationDenseToSparse",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -78,7 +79,9 @@ class Router(nn.Module):
         bias_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.check_options(balance=balance, z_loss=z_loss, jitter=jitter, bias_rate=bias_rate)
+        for name, value in (("balance", balance), ("z_loss", z_loss), ("jitter", jitter), ("bias_rate", bias_rate)):
+            if not 0.0 <= value < (1.0 if name == "jitter" else math.inf):
+                raise HookError(f"{name} {value}: must be at least 0{' and below 1' if name == 'jitter' else ''}")
         if not 1 <= active <= experts:
             raise HookError(f"active {active} of {experts} experts: must be between 1 and the number of experts")
         self.experts, self.active = experts, active
@@ -86,21 +89,6 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, width))
         self.register_buffer("bias", torch.zeros(experts))
         self.collects = ("router/counts",) if bias_rate else ()
-
-    @classmethod
-    def check_options(cls, **options: object) -> None:
-        """Refuse values out of range.
-
-        Raises:
-            HookError: names the option.
-        """
-        for name in ("balance", "z_loss", "jitter", "bias_rate"):
-            value = options.get(name, 0.0)
-            assert isinstance(value, (int, float))
-            if value < 0.0 or (name == "jitter" and value >= 1.0):
-                raise HookError(
-                    f"{name} {value} is out of range; it must be at least 0{' and below 1' * (name == 'jitter')}"
-                )
 
     def initial_fill_(self, leaf: str, parameter: Tensor, generator: torch.Generator) -> None:
         """Normal with standard deviation 0.02."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modeling.experts import grouped_linear, looped_linear
+from modeling.experts import Experts, grouped_linear, looped_linear
 from modeling.ffn_gated import GatedFFN
 from modeling.ffn_moe import MoE, within_capacity
 from modeling.hooks import KINDS, HookError, check
@@ -44,7 +44,11 @@ def token_by_token(moe: MoE, x: Tensor) -> Tensor:
         y = torch.zeros_like(token)
         for e in chosen:
             up = experts.up_proj[e] @ token
-            hidden = experts.act_fn(experts.gate_proj[e] @ token) * up if experts.gated else experts.act_fn(up)
+            hidden = (
+                experts.act_fn(experts.gate_proj[e] @ token) * up
+                if experts.gate_proj is not None
+                else experts.act_fn(up)
+            )
             y = y + p[e] / p[chosen].sum() * (experts.down_proj[e] @ hidden)
         if moe.shared_experts is not None:
             y = y + moe.shared_experts(token)
@@ -87,6 +91,26 @@ def test_a_grouped_product_is_the_loop_over_experts(dtype: torch.dtype, toleranc
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * float(theirs.detach().abs().max()))
     assert not results[0][2][1].any(), "an expert without tokens has no gradient"
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_an_expert_at_a_time_is_the_grouped_product_in_value_and_gradients(
+    gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU's way against the way of accelerators, float32, with dropped slots and an expert without tokens: rounding only."""
+    results = []
+    for fusible in (True, False):
+        moe = layer(torch.float32, gated=gated, capacity_factor=0.7)
+        with torch.no_grad():
+            moe.router.bias[3] = -10.0
+        monkeypatch.setattr(Experts, "_fusible", lambda *_, fusible=fusible: fusible)
+        x = states(dtype=torch.float32).requires_grad_()
+        upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
+        y, auxiliary = moe(x)
+        assert int(auxiliary["router/counts"][3]) == 0
+        results.append([y, *torch.autograd.grad(y, [x, *moe.parameters()], upstream)])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_identical_experts_with_weights_that_sum_to_one_are_the_dense_layer() -> None:
@@ -185,7 +209,14 @@ def test_recomputed_blocks_route_alike_and_give_the_same_gradients() -> None:
         ({"capacity_factor": 0.0}, "capacity_factor 0.0"),
         ({"router": "topp"}, "unknown router 'topp'; did you mean topk?"),
         ({"router": {"name": "topk", "jitte": 0.1}}, "router 'topk' has no option 'jitte'"),
-        ({"router": {"name": "topk", "jitter": 1.5}}, "router 'topk': jitter 1.5 is out of range"),
+        ({"router": {"name": "topk", "jitter": 1.5}}, "router 'topk': jitter 1.5: must be at least 0 and below 1"),
+        ({"router": {"name": "dense_to_sparse", "tau_min": 0.0}}, "tau_min 0.0 and tau_max 2.0: must be above 0"),
+        ({"router": {"name": "dense_to_sparse", "tau_max": 0.2}}, "tau_min at most tau_max"),
+        ({"router": {"name": "dense_to_sparse", "threshold": 0.2}}, "below 1 / experts = 0.125"),
+        (
+            {"router": {"name": "activation_dense_to_sparse", "gate": "relu"}},
+            "option gate = 'relu' is not one of 'tanh'",
+        ),
         ({"router": {"jitter": 0.1}}, "a hook is a NAME or a mapping with a 'name'"),
     ],
     ids=lambda value: str(value),

@@ -1,0 +1,143 @@
+"""Training speed of the mixture-of-experts layer against transformers' own: `python benchmarks/moe.py [--out docs/results/moe_speed.json]`.
+
+Forward and backward of one layer (router, experts, combination) on the CPU in bfloat16, on one core, in one process: the same weights,
+tokens and upstream gradient for Mesokurt and for transformers' Mixtral and OLMoE layers with `experts_implementation` eager and grouped_mm.
+Each round times every layer once, in turn; a speed-up is the median over rounds of (rival's time / ours in the same round). All layers
+compute the same: outputs are compared first (they differ by a few tokens whose scores tie in bfloat16: ours are float32).
+
+Two ways to train in bfloat16: `parameters` are bfloat16 themselves, or `autocast` over float32 parameters (what Mesokurt's trainer does;
+transformers' grouped form then computes in float32, as it ships).
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor, nn
+from transformers import MixtralConfig, OlmoeConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+
+from benchmarks.figures import print_and_keep
+from modeling.config import MesokurtConfig
+from modeling.ffn_moe import MoE
+from training.run_directory import environment
+
+ROUNDS = 9
+# name: tokens, width, experts, active, expert width. The first is configs/moe-quickstart.yaml's micro-batch; the others keep OLMoE's and
+# Mixtral's proportions of expert width to model width at sizes that a CPU trains.
+SHAPES = {
+    "quickstart": (2048, 192, 8, 2, 256),
+    "olmoe-like": (2048, 512, 32, 8, 256),
+    "mixtral-like": (2048, 512, 8, 2, 1792),
+    "fine-grained": (2048, 768, 64, 8, 192),
+}
+
+
+def rivals(width: int, experts: int, active: int, expert_width: int) -> dict[str, nn.Module]:
+    """transformers' layers in both forms."""
+    found: dict[str, nn.Module] = {}
+    for form in ("eager", "grouped_mm"):
+        sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": expert_width, "num_experts_per_tok": active}
+        mixtral = MixtralConfig(**sizes, num_local_experts=experts, hidden_act="silu", num_attention_heads=8)
+        olmoe = OlmoeConfig(**sizes, num_experts=experts, norm_topk_prob=True, num_attention_heads=8)
+        for config, name, layer in ((mixtral, "mixtral", MixtralSparseMoeBlock), (olmoe, "olmoe", OlmoeSparseMoeBlock)):
+            config._experts_implementation = form
+            found[f"{name} {form}"] = layer(config)
+    return found
+
+
+@torch.no_grad()
+def share_weights(ours: MoE, others: dict[str, nn.Module]) -> None:
+    """Give every layer the same router and experts."""
+    stacks = ours.experts
+    assert stacks.gate_proj is not None
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    for other in others.values():
+        other.gate.weight.copy_(ours.router.weight)  # type: ignore[union-attr, operator]
+        other.experts.gate_up_proj.copy_(torch.cat([stacks.gate_proj, stacks.up_proj], 1))  # type: ignore[union-attr, operator]
+        other.experts.down_proj.copy_(stacks.down_proj)  # type: ignore[union-attr, operator]
+
+
+def output_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer's output without what it returns beside it."""
+    result = layer(x)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def seconds_of(layer: nn.Module, x: Tensor, upstream: Tensor, autocast: bool) -> float:
+    """One forward and backward into inputs and parameters."""
+    layer.zero_grad(set_to_none=True)
+    x.grad = None
+    begin = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = output_of(layer, x)
+    y.backward(upstream.to(y.dtype))
+    return time.perf_counter() - begin
+
+
+def measure_shape(shape: tuple[int, int, int, int, int], autocast: bool, rounds: int) -> dict[str, Any]:
+    """Times and speed-ups of one shape, and how far the outputs lie apart."""
+    tokens, width, experts, active, expert_width = shape
+    torch.manual_seed(0)
+    options = {
+        "experts": experts,
+        "active": active,
+        "expert_width": expert_width,
+        "router": {"name": "topk", "balance": 0.0},
+    }
+    ours = MoE(MesokurtConfig(hidden_size=width, num_attention_heads=8), 0, **options)  # type: ignore[arg-type]
+    layers: dict[str, nn.Module] = {"mesokurt": ours, **rivals(width, experts, active, expert_width)}
+    share_weights(ours, {name: layer for name, layer in layers.items() if layer is not ours})
+    for layer in layers.values():
+        layer.to(torch.float32 if autocast else torch.bfloat16).train()
+    x, upstream = (torch.randn(8, tokens // 8, width).to(torch.bfloat16) for _ in range(2))
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outputs = {name: output_of(layer, x).detach().float() for name, layer in layers.items()}
+    wanted = outputs["mixtral eager"]
+    apart = {name: float((y - wanted).norm() / wanted.norm()) for name, y in outputs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in layers}
+    for number in range(rounds + 1):
+        for name, layer in layers.items():
+            elapsed = seconds_of(layer, x, upstream, autocast)
+            if number:  # the first round warms up
+                seconds[name].append(elapsed)
+    mine = seconds.pop("mesokurt")
+    ratios = {
+        name: statistics.median(theirs / own for theirs, own in zip(times, mine, strict=True))
+        for name, times in seconds.items()
+    }
+    return {
+        "tokens": tokens, "width": width, "experts": experts, "active": active, "expert_width": expert_width,
+        "milliseconds": {n: 1e3 * statistics.median(t) for n, t in {"mesokurt": mine, **seconds}.items()},
+        "relative_difference_to_mixtral_eager": apart,
+        "speed_up_over": ratios,
+        "speed_up_over_the_fastest": min(ratios.values()),
+    }  # fmt: skip
+
+
+def measure(rounds: int = ROUNDS, shapes: tuple[str, ...] = tuple(SHAPES)) -> dict[str, Any]:
+    """Every shape."""
+    torch.set_num_threads(1)
+    return {
+        "what": "forward + backward of one MoE layer, CPU, bfloat16, one core",
+        "rounds": rounds,
+        **{
+            way: {name: measure_shape(SHAPES[name], way == "autocast", rounds) for name in shapes}
+            for way in ("parameters", "autocast")
+        },
+        "environment": environment(),
+    }
+
+
+if __name__ == "__main__":
+    print_and_keep(__doc__, measure)

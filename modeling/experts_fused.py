@@ -1,0 +1,105 @@
+"""Experts on the CPU, one after the other: gather, matrix products and activation of an expert's tokens while they are in cache.
+
+The same sums as the grouped products of `experts`, without their passes over memory: sorted copies of the tokens, the weighting of every
+output and the sum over a token's experts are never written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .dispatch import Plan
+
+Activation = Callable[[Tensor], Tensor]
+TINY = 1e-20
+
+
+def gathered_sum(values: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
+    """For each token the (weighted) sum of its places in `values` `[S, D]` -> `[N, D]`; sums of bfloat16 run in float32."""
+    if not len(values):
+        return values.new_zeros(len(plan.starts), values.shape[1])
+    scale = None if weights is None else weights[plan.places].to(values.dtype)
+    return F.embedding_bag(plan.places, values, plan.starts, mode="sum", per_sample_weights=scale)
+
+
+def groups(plan: Plan) -> Iterator[tuple[int, slice]]:
+    """Each expert that has tokens, and its sorted places."""
+    start = 0
+    for expert, count in enumerate(plan.counts.tolist()):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
+
+
+class FusedExperts(torch.autograd.Function):
+    """`y_n = sum_s w_s W_down(act(W_gate x_n) * W_up x_n)` over the places s of token n; without W_gate: `W_down act(W_up x_n)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, plan: Plan, act: Activation
+    ) -> Tensor:
+        """Tokens `[N, D]`, a weight per place `[S]`, stacks `[E, F, D]` and `[E, D, F]` -> `[N, D]`."""
+        places, width = len(plan.rows), up.shape[1]
+        first = x.new_empty(places, width)
+        second = x.new_empty(places, width) if gate is not None else None
+        outputs = x.new_empty(places, x.shape[1])
+        for e, part in groups(plan):
+            tokens = x.index_select(0, plan.rows[part])
+            hidden = act(torch.mm(tokens, (up if gate is None else gate)[e].t(), out=first[part]))
+            if second is not None:
+                hidden = hidden * torch.mm(tokens, up[e].t(), out=second[part])
+            torch.mm(hidden, down[e].t(), out=outputs[part])
+        ctx.save_for_backward(x, weights, gate, up, down, first, second)
+        ctx.plan, ctx.act = plan, act
+        return gathered_sum(outputs, plan, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        """Gradients of tokens, weights and stacks; the activation is recomputed per expert."""
+        x, weights, gate, up, down, first, second = ctx.saved_tensors
+        plan, dy, inner = ctx.plan, dy.contiguous(), up if gate is None else gate
+        d_inner, d_down = torch.empty_like(inner), torch.empty_like(down)
+        d_up = None if second is None else torch.empty_like(up)
+        for e in (plan.counts == 0).nonzero().flatten().tolist():
+            for gradient in (d_inner, d_down, d_up):
+                if gradient is not None:
+                    gradient[e] = 0.0
+        d_weights, d_tokens = torch.empty_like(weights), x.new_empty(len(plan.rows), x.shape[1])
+        # Weighting the upstream rows weights all that follows; the weights' own gradient divides it out again, so none may be 0.
+        scale = torch.where(weights.abs() < TINY, TINY, weights)
+        for e, part in groups(plan):
+            tokens = x.index_select(0, plan.rows[part])
+            d_output = dy.index_select(0, plan.rows[part]).mul_(scale[part].to(dy.dtype)[:, None])
+            with torch.enable_grad():
+                leaf = first[part].detach().requires_grad_()
+                activated = ctx.act(leaf)
+            hidden = activated.detach() if second is None else activated.detach() * second[part]
+            torch.mm(d_output.t(), hidden, out=d_down[e])
+            d_hidden = d_output @ down[e]
+            d_weights[part] = (hidden * d_hidden).sum(-1, dtype=weights.dtype).div_(scale[part])
+            d_activated = d_hidden if second is None else d_hidden * second[part]
+            (d_first,) = torch.autograd.grad(activated, leaf, d_activated)
+            torch.mm(d_first.t(), tokens, out=d_inner[e])
+            torch.mm(d_first, inner[e], out=d_tokens[part])
+            if d_up is not None:
+                d_second = d_hidden.mul_(activated.detach())
+                torch.mm(d_second.t(), tokens, out=d_up[e])
+                d_tokens[part].addmm_(d_second, up[e])
+        gradients = (None, d_inner) if gate is None else (d_inner, d_up)
+        return gathered_sum(d_tokens, plan), d_weights, *gradients, d_down, None, None
+
+
+@torch.compiler.disable
+def fused_experts(
+    x: Tensor, weights: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, plan: Plan, act: Activation
+) -> Tensor:
+    """`FusedExperts` on tensors of one dtype (`weights` may be wider); compiled networks run it as it is."""
+    output: Tensor = FusedExperts.apply(x, weights, gate, up, down, plan, act)
+    return output
