@@ -2,4 +2,5 @@
 
 REPRODUCTIONS = {
     "osp": "launch.reproductions.osp",
+    "dense_to_sparse": "launch.reproductions.dense_to_sparse",
 }

@@ -1,0 +1,95 @@
+"""Dense-to-sparse gates: a learned temperature defeats estimation with a linear gate, an activation repairs it (Nguyen et al. 2024)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from analysis.gate_estimation import REPETITIONS, SIZES, Errors, draw, estimation_errors, loglog_slope
+from analysis.gaussian_moe import GATES, GaussianMoE, expectation_maximisation, maximum_likelihood
+from launch.reproductions.criterion import Criterion
+
+PAPER = "Is Temperature Sample Efficient for Softmax Gaussian Mixture of Experts? (arXiv 2401.13875)"
+QUICK_SIZES = (300, 1000, 3000)
+GATE_SLOPE = {
+    "linear": (">= -0.2", -0.2),
+    "relu": (">= -0.2", -0.2),
+    "sigmoid": ("<= -0.35", -0.35),
+    "tanh": ("<= -0.4", -0.4),
+}
+
+
+def _slope(found: list[Errors], quantity: str) -> float:
+    return loglog_slope([e.samples for e in found], [getattr(e, quantity) for e in found])
+
+
+def _curve(found: list[Errors], quantity: str) -> dict[str, Any]:
+    return {
+        "slope": _slope(found, quantity),
+        "median error by samples": {e.samples: getattr(e, quantity) for e in found},
+    }
+
+
+def rate_criteria(sizes: tuple[int, ...], repetitions: int) -> list[Criterion]:
+    """Slopes of gate and expert errors of every gate; all repetitions of one size are fitted at once."""
+    criteria = []
+    for gate in GATES:
+        found = [estimation_errors(gate, samples, repetitions) for samples in sizes]
+        bar, limit = GATE_SLOPE[gate]
+        slope, expert = _slope(found, "gate"), _slope(found, "expert")
+        good = slope >= limit if bar.startswith(">=") else slope <= limit
+        criteria += [
+            Criterion(f"{gate} gate: |beta1| + |tau| error", _curve(found, "gate"), f"slope {bar}", good),
+            Criterion(
+                f"{gate} gate: expert error", _curve(found, "expert"), "slope in [-0.65, -0.4]", -0.65 <= expert <= -0.4
+            ),
+        ]
+        if gate == "linear":
+            learned = _slope(found, "ratio") <= -0.4
+            criteria.append(
+                Criterion("linear gate: |beta1 / tau| error", _curve(found, "ratio"), "slope <= -0.4", learned)
+            )
+    return criteria
+
+
+def agreement_criterion(samples: int, repetitions: int) -> Criterion:
+    """EM and BFGS reach the same likelihood, and EM's never falls."""
+    worst, lowest_gain = 0.0, float("inf")
+    for gate in ("linear", "tanh"):
+        model = GaussianMoE(2, 1, gate)
+        x, y, start = draw(model, samples, repetitions, seed=1)
+        by_em, trace = expectation_maximisation(model, x, y, start)
+        by_bfgs = maximum_likelihood(model, x, y, start)
+        gap = model.log_likelihood(by_em, x, y) - model.log_likelihood(by_bfgs, x, y)
+        worst = max(worst, float(gap.abs().max()))
+        lowest_gain = min(lowest_gain, float(torch.stack(trace).diff(dim=0).min()))
+    measured = {"largest difference, nats per sample": worst, "smallest gain of an EM step": lowest_gain}
+    return Criterion(
+        "EM and BFGS agree; EM never falls",
+        measured,
+        "difference <= 1e-6, gains >= -1e-12",
+        worst <= 1e-6 and lowest_gain >= -1e-12,
+    )
+
+
+def overfitted_criterion(sizes: tuple[int, ...], repetitions: int) -> Criterion:
+    """Three experts fitted to two: the over-specified Voronoi loss still falls at about the rate of the density."""
+    found = [estimation_errors("tanh", samples, repetitions, experts=3) for samples in sizes]
+    slope = _slope(found, "voronoi")
+    return Criterion(
+        "tanh gate, 3 experts fitted to 2: Voronoi loss",
+        _curve(found, "voronoi"),
+        "falls (slope < 0; about -1/2 is expected)",
+        slope <= -0.25,
+    )
+
+
+def reproduce(folder: Path, quick: bool) -> list[Criterion]:
+    """`quick` takes three sample sizes and leaves the over-specified fit out."""
+    sizes = QUICK_SIZES if quick else SIZES
+    criteria = [*rate_criteria(sizes, REPETITIONS), agreement_criterion(1000, 4 if quick else REPETITIONS)]
+    if not quick:
+        criteria.append(overfitted_criterion(sizes, REPETITIONS))
+    return criteria
