@@ -1,0 +1,89 @@
+"""Measured results in one JSON file, each beside everything that it depends on: what is there already is not measured again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from configs.errors import UserError
+
+Key = dict[str, Any]
+_PACKAGES = ("torch", "transformers", "lm_eval")
+# Where a model lies and what wrote it do not change what it computes.
+_UNIMPORTANT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that compute the results."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def tensor_sha256(*tensors: Tensor) -> str:
+    """SHA-256 over the bytes, shapes and dtypes of tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def model_sha256(model: PreTrainedModel) -> str:
+    """SHA-256 over a model's class, configuration, parameters and buffers: equal models, equal hashes, wherever they lie."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _UNIMPORTANT}
+    digest = hashlib.sha256(type(model).__name__.encode())
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor_sha256(tensor).encode())
+    return digest.hexdigest()
+
+
+class Measurements:
+    """Results by key, in a file that is replaced whole after each new one (no file: kept in memory only).
+
+    Raises:
+        UserError: the file is there and is not one of these, or cannot be written.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.entries: list[dict[str, Any]] = []
+        if path is None or not path.exists():
+            return
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))["measurements"]
+            self.entries = [{"key": dict(entry["key"]), "result": entry["result"]} for entry in entries]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{path}: no file of measurements ({type(error).__name__}: {error}); name another"
+            ) from None
+
+    def get(self, key: Key) -> Any:
+        """The result measured under this key, or None."""
+        plain = json.loads(json.dumps(key))
+        return next((entry["result"] for entry in self.entries if entry["key"] == plain), None)
+
+    def put(self, key: Key, result: Any) -> None:
+        """Keep a result; the file is never half written."""
+        self.entries.append({"key": json.loads(json.dumps(key)), "result": result})
+        if self.path is None:
+            return
+        partial = self.path.with_suffix(".partial")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps({"measurements": self.entries}, indent=1) + "\n", encoding="utf-8")
+            partial.replace(self.path)
+        except OSError as error:
+            raise UserError(f"{self.path}: results cannot be written ({error.strerror})") from None
