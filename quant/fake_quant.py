@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
@@ -27,6 +27,23 @@ def check_ffn_sizes(sites: Sequence[Site]) -> None:
 
 
 @contextmanager
+def rounded_states(
+    model: PreTrainedModel, bits: Bits, ffn_hadamard: bool, roles: Mapping[str, Role] = ROLES
+) -> Iterator[None]:
+    """Within it activations and KV cache are rounded, and the FFN hidden state is rotated online under `ffn_hadamard`.
+
+    The partner of rotated and rounded weights. Raises UserError for unknown architectures and head sizes that are not a
+    power of two.
+    """
+    sites, head_dim = find_sites(model, roles), head_dim_of(model)
+    with (
+        quantized_kv(model, sites, bits.kv, head_dim),
+        quantized_activations(sites, bits.activations, head_dim, ffn_hadamard),
+    ):
+        yield
+
+
+@contextmanager
 def fake_quantized(
     model: PreTrainedModel, bits: Bits, ffn_hadamard: bool = False, roles: Mapping[str, Role] = ROLES
 ) -> Iterator[PreTrainedModel]:
@@ -40,12 +57,8 @@ def fake_quantized(
     weights, FFN sizes without a Hadamard matrix and head sizes that are not a power of two.
     """
     sites = find_sites(model, roles)
-    head_dim = head_dim_of(model)
     if ffn_hadamard:
         check_ffn_sizes(sites)
-    with ExitStack() as stack:
-        # The cheap checks first, the clip search last.
-        stack.enter_context(quantized_kv(model, sites, bits.kv, head_dim))
-        stack.enter_context(quantized_activations(sites, bits.activations, head_dim, ffn_hadamard))
-        stack.enter_context(quantized_weights(sites, bits.weights, ffn_hadamard))
+    # The cheap checks first, the clip search last.
+    with rounded_states(model, bits, ffn_hadamard, roles), quantized_weights(sites, bits.weights, ffn_hadamard):
         yield model

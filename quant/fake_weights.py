@@ -1,4 +1,4 @@
-"""Fake-quantized weights: each linear of the blocks holds its rounded weight for a while, then its own again."""
+"""Weights rounded to nearest: each linear of the blocks is given its rounded weight, rotated first where asked."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from quant.bits import FULL
 from quant.hadamard import hadamard_transform
+from quant.integers import Quantized
+from quant.restoring import exchange_weight
 from quant.roles import Role, Site
-from quant.weight_clip import quantize_weight
+from quant.weight_clip import WeightRule
 
 
-def _check_usable(site: Site) -> None:
-    """Packed, partitioned and offloaded weights have no values here to round."""
+def check_usable(site: Site) -> None:
+    """Packed, partitioned and offloaded weights have no values here to round: raise UserError for them."""
     weight = site.module.weight
     if weight.ndim != 2 or weight.is_meta or not weight.is_floating_point():
         raise UserError(
@@ -26,42 +28,65 @@ def _check_usable(site: Site) -> None:
         )
 
 
+def _by_weight(sites: Sequence[Site]) -> list[list[Site]]:
+    """The sites, those that share one weight together; raises UserError for weights that cannot be worked on."""
+    same: dict[int, list[Site]] = {}
+    for site in sites:
+        check_usable(site)
+        same.setdefault(id(site.module.weight), []).append(site)
+    return list(same.values())
+
+
+def _exchange_all(sites: Sequence[Site], values: Tensor) -> None:
+    """Sites that shared a weight share the new one."""
+    exchange_weight(sites[0].module, values)
+    for site in sites[1:]:
+        site.module._parameters["weight"] = sites[0].module._parameters["weight"]
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
+
+
 @torch.no_grad()
-def _prepared(weight: Tensor, bits: int, rotate: bool) -> nn.Parameter:
-    """The weight `[out, in]` that stands in: rotated along its inputs if asked, then rounded if under 16 bits."""
-    values = weight if weight.dtype == torch.float64 else weight.float()
-    if rotate:
-        values = hadamard_transform(values)
-    if bits != FULL:
-        values = quantize_weight(values, bits).dequantize()
-    return nn.Parameter(values.to(weight.dtype), requires_grad=False)
+def rotate_ffn_out(sites: Sequence[Site]) -> None:
+    """Multiply every FFN output weight by the Hadamard matrix of its input size, so that its input must be rotated too.
+
+    Raises UserError for packed weights and for sizes without a Hadamard matrix.
+    """
+    for together in _by_weight([site for site in sites if site.role is Role.FFN_OUT]):
+        _exchange_all(together, hadamard_transform(_wide(together[0].module.weight)))
+
+
+@torch.no_grad()
+def round_weights(sites: Sequence[Site], rule: WeightRule, codes: dict[str, Quantized] | None = None) -> None:
+    """Round the sites' weights to nearest (16 bits: as they are); their codes are added to `codes` where given.
+
+    The parameter objects are exchanged, not overwritten: what shares a weight with a site (tied embeddings) never sees
+    the rounded one. Raises UserError for packed, partitioned or offloaded weights and for groups that do not fit.
+    """
+    if rule.bits == FULL:
+        return
+    for together in _by_weight(sites):
+        quantized = rule.quantize(_wide(together[0].module.weight))
+        _exchange_all(together, quantized.dequantize())
+        if codes is not None:
+            codes |= dict.fromkeys((site.name for site in together), quantized)
 
 
 @contextmanager
 def quantized_weights(sites: Sequence[Site], bits: int, ffn_hadamard: bool) -> Iterator[None]:
     """Within it the sites' weights are symmetric per output channel with clip search (16 bits: as they are).
 
-    Under `ffn_hadamard` the FFN output weights are first multiplied by the Hadamard matrix of their input size, so
-    their inputs must be as well. The parameter objects are exchanged, not overwritten: what shares a weight with a
-    site (tied embeddings) never sees the rounded one, and leaving restores the very same objects. Needs memory for one
-    more copy of the blocks' weights. Raises UserError for packed, partitioned or offloaded weights and for sizes
-    without a Hadamard matrix.
+    Under `ffn_hadamard` the FFN output weights are first multiplied by the Hadamard matrix of their input size. Leaving
+    restores the very same parameter objects. Raises UserError as `rotate_ffn_out` and `round_weights` do.
     """
-    originals: list[tuple[nn.Linear, nn.Parameter]] = []
-    prepared: dict[tuple[int, bool], nn.Parameter] = {}
+    before = [(site.module, cast(nn.Parameter, site.module.weight)) for site in sites]
     try:
-        for site in sites:
-            rotate = ffn_hadamard and site.role is Role.FFN_OUT
-            if bits == FULL and not rotate:
-                continue
-            _check_usable(site)
-            weight = cast(nn.Parameter, site.module.weight)
-            key = (id(weight), rotate)
-            if key not in prepared:
-                prepared[key] = _prepared(weight, bits, rotate)
-            originals.append((site.module, weight))
-            site.module.weight = prepared[key]
+        if ffn_hadamard:
+            rotate_ffn_out(sites)
+        round_weights(sites, WeightRule(bits))
         yield
     finally:
-        for module, weight in originals:
-            module.weight = weight
+        for module, weight in before:
+            module._parameters["weight"] = weight

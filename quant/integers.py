@@ -40,33 +40,67 @@ def in_groups(x: Tensor, group: int | None) -> Tensor:
     return x.float().unflatten(-1, (x.shape[-1] // size, size))
 
 
-def quantize_symmetric(x: Tensor, bits: int, group: int | None = None, shrink: Tensor | float = 1.0) -> Quantized:
-    """Signed codes of `[..., N]`: s = shrink max|x| / (2^(b-1) - 1), q = clamp(round(x / s)) (OSP's and QuaRot's rule).
+@dataclass(frozen=True)
+class Grid:
+    """The integers of each group: codes clamp(round(x / s) + z, low, high), values s (q - z); s and z `[..., G, 1]`."""
 
-    `shrink` in (0, 1], a number or a tensor `[..., G, 1]`, clips the range. Raises UserError when groups do not fit.
+    scale: Tensor
+    zero: Tensor
+    low: int
+    high: int
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Nearest codes of groups `[..., G, g]`, whole numbers in the dtype of `x` (float32)."""
+        return (x / self.scale).round_().add_(self.zero).clamp_(self.low, self.high)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What codes `[..., G, g]` stand for."""
+        return (codes - self.zero) * self.scale
+
+    def split_groups(self) -> list[Grid]:
+        """One grid with s and z `[R]` per group, of a matrix's `[R, G, 1]`."""
+        pairs = zip(self.scale.squeeze(-1).unbind(1), self.zero.squeeze(-1).unbind(1), strict=True)
+        return [Grid(scale.contiguous(), zero.contiguous(), self.low, self.high) for scale, zero in pairs]
+
+    def quantize(self, x_groups: Tensor, shape: torch.Size) -> Quantized:
+        """Groups `[..., G, g]` of a tensor of `shape`, as integers."""
+        return Quantized(self.codes(x_groups).to(torch.int16), self.scale, self.zero.to(torch.int16), shape)
+
+
+def symmetric_grid(x_groups: Tensor, bits: int, shrink: Tensor | float = 1.0) -> Grid:
+    """Signed codes: s = shrink max|x| / (2^(b-1) - 1), z = 0, from -2^(b-1) to 2^(b-1) - 1 (OSP's and QuaRot's rule).
+
+    `shrink` in (0, 1], a number or a tensor `[..., G, 1]`, clips the range.
     """
-    x_groups = in_groups(x, group)
     top = 2 ** (bits - 1) - 1
     scale = x_groups.abs().amax(-1, keepdim=True).clamp(min=SYMMETRIC_FLOOR) * shrink / top
-    codes = (x_groups / scale).round().clamp(-top - 1, top).to(torch.int16)
-    return Quantized(codes, scale, torch.zeros_like(scale, dtype=torch.int16), x.shape)
+    return Grid(scale, torch.zeros_like(scale), -top - 1, top)
 
 
-def quantize_asymmetric(x: Tensor, bits: int, group: int | None = None) -> Quantized:
-    """Unsigned codes of `[..., N]`: s = (hi - lo) / (2^b - 1), z = round(-lo / s), q = clamp(round(x / s) + z).
+def asymmetric_grid(x_groups: Tensor, bits: int, shrink: Tensor | float = 1.0) -> Grid:
+    """Unsigned codes: s = (hi - lo) / (2^b - 1), z = round(-lo / s), from 0 to 2^b - 1.
 
-    The range [lo, hi] is widened to hold 0; an all-zero group takes [-1, 1]. Raises UserError when groups do not fit.
+    The range [lo, hi] is widened to hold 0, an all-zero group takes [-1, 1], and `shrink` multiplies both ends.
     """
-    x_groups = in_groups(x, group)
     lo = x_groups.amin(-1, keepdim=True).clamp(max=0)
     hi = x_groups.amax(-1, keepdim=True).clamp(min=0)
     empty = (lo == 0) & (hi == 0)
-    lo, hi = lo.masked_fill(empty, -1.0), hi.masked_fill(empty, 1.0)
+    lo, hi = lo.masked_fill(empty, -1.0) * shrink, hi.masked_fill(empty, 1.0) * shrink
     top = 2**bits - 1
     scale = (hi - lo) / top
-    zero = (-lo / scale).round()
-    codes = ((x_groups / scale).round() + zero).clamp(0, top)
-    return Quantized(codes.to(torch.int16), scale, zero.to(torch.int16), x.shape)
+    return Grid(scale, (-lo / scale).round(), 0, top)
+
+
+def quantize_symmetric(x: Tensor, bits: int, group: int | None = None, shrink: Tensor | float = 1.0) -> Quantized:
+    """Signed codes of `[..., N]` by `symmetric_grid`; raises UserError when groups do not fit."""
+    x_groups = in_groups(x, group)
+    return symmetric_grid(x_groups, bits, shrink).quantize(x_groups, x.shape)
+
+
+def quantize_asymmetric(x: Tensor, bits: int, group: int | None = None, shrink: Tensor | float = 1.0) -> Quantized:
+    """Unsigned codes of `[..., N]` by `asymmetric_grid`; raises UserError when groups do not fit."""
+    x_groups = in_groups(x, group)
+    return asymmetric_grid(x_groups, bits, shrink).quantize(x_groups, x.shape)
 
 
 def fake_symmetric(x: Tensor, bits: int, group: int | None = None) -> Tensor:

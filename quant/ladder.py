@@ -1,9 +1,9 @@
-"""The 4-bit ladder: one model's loss at growing severity, with and without the Hadamard of the FFN."""
+"""The 4-bit ladder: one model's loss at growing severity, by one method after another."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from configs.errors import UserError
 from quant.bits import LADDER, Bits
-from quant.fake_activations import quantized_activations
-from quant.fake_kv import quantized_kv
-from quant.fake_quant import check_ffn_sizes
-from quant.fake_weights import quantized_weights
+from quant.fake_quant import check_ffn_sizes, rounded_states
+from quant.methods import METHODS, Options, method_of, prepared_weights
 from quant.perplexity import Perplexity, Rows, perplexity_of_rows
-from quant.roles import ROLES, Role, Site, find_sites, head_dim_of
+from quant.roles import ROLES, Role, Site, find_sites
+
+DEFAULT_METHODS = ("rtn", "rtn+hadamard")
 
 
 @dataclass(frozen=True)
@@ -24,82 +24,89 @@ class LadderRow:
     """One rung: mean loss in nats per token, perplexity and its ratio to full precision, bits per byte.
 
     The numbers are None where the rung could not be measured, and `note` says why; bits per byte also where the bytes
-    per token are not known.
+    per token are not known. `note` also says where a layer got less than the method gives.
     """
 
     bits: Bits
-    hadamard: bool
+    method: str
     loss: float | None
     perplexity: float | None
     ratio: float | None
     bits_per_byte: float | None
     note: str = ""
 
+    @property
+    def hadamard(self) -> bool:
+        """Whether the FFN hidden state is rotated online."""
+        return METHODS[self.method].hadamard
+
     def as_json(self) -> dict[str, Any]:
         """Plain mapping, the bits as text."""
-        return {**asdict(self), "bits": str(self.bits)}
+        return {**asdict(self), "bits": str(self.bits), "hadamard": self.hadamard}
 
 
-def _measure(
-    model: PreTrainedModel, sites: Sequence[Site], rows: Rows, settings: Sequence[Bits], hadamard: bool, batch_size: int
-) -> dict[Bits, Perplexity]:
-    """Every setting under one choice of Hadamard; weights are prepared once per weight bits, as clip search is slow."""
-    head_dim = head_dim_of(model)
-    measured = {}
-    for weights in dict.fromkeys(bits.weights for bits in settings):
-        with quantized_weights(sites, weights, hadamard):
-            for bits in settings:
-                if bits.weights == weights:
-                    with (
-                        quantized_kv(model, sites, bits.kv, head_dim),
-                        quantized_activations(sites, bits.activations, head_dim, hadamard),
-                    ):
-                        measured[bits] = perplexity_of_rows(model, rows, batch_size)
-    return measured
-
-
-def _ffn_obstacle(sites: Sequence[Site]) -> str:
-    """Why the FFN cannot be rotated, or nothing."""
+def _obstacle(method: str, sites: Sequence[Site]) -> str:
+    """Why the method does not apply to this model, or nothing."""
     try:
-        check_ffn_sizes(sites)
+        if method_of(method).hadamard:
+            check_ffn_sizes(sites)
     except UserError as error:
         return f"skipped: {error}"
     return ""
 
 
-def _row(bits: Bits, hadamard: bool, result: Perplexity, full: Perplexity, bytes_per_token: float | None) -> LadderRow:
+def _row(
+    bits: Bits, method: str, result: Perplexity, full: Perplexity, bytes_per_token: float | None, notes: Sequence[str]
+) -> LadderRow:
     nats = result.nats_per_token
     per_byte = nats / (math.log(2) * bytes_per_token) if bytes_per_token is not None else None
-    return LadderRow(bits, hadamard, nats, result.perplexity, result.perplexity / full.perplexity, per_byte)
+    ratio = result.perplexity / full.perplexity
+    return LadderRow(bits, method, nats, result.perplexity, ratio, per_byte, "; ".join(notes))
 
 
 def ladder(
     model: PreTrainedModel,
     rows: Rows,
     settings: Sequence[Bits] = LADDER,
-    hadamard: Sequence[bool] = (False, True),
+    methods: Sequence[str] = DEFAULT_METHODS,
     bytes_per_token: float | None = None,
     batch_size: int = 8,
     roles: Mapping[str, Role] = ROLES,
+    calibration: Rows | None = None,
+    options: Options = Options(),  # noqa: B008 - frozen
 ) -> list[LadderRow]:
-    """Measure `model` on rows `[N, T + 1]` of held-out token ids at every setting, without and with the FFN Hadamard.
+    """Measure `model` on rows `[N, T + 1]` of held-out token ids at every setting by every method of `METHODS`.
 
-    Protocol of Park et al., ACL 2025 (round-to-nearest). Rungs with the Hadamard are kept, empty and with a note, when
-    the FFN's size has none; at 16-16-16 that rung only checks that the rotation changes nothing. Raises UserError as
-    `fake_quantized` and `perplexity_of_rows` do.
+    Protocol of Park et al., ACL 2025. `calibration` `[M, T]` are token ids for the methods that need some; `options` say
+    how weights are rounded. Rungs that do not apply to the model (no Hadamard matrix of the FFN's size) are kept, empty
+    and with a note; at 16-16-16 a rotating rung only checks that rotations change nothing. Raises UserError as
+    `methods.quantized` and `perplexity_of_rows` do.
     """
     sites = find_sites(model, roles)
+    obstacles = {method: _obstacle(method, sites) for method in methods}
     full = perplexity_of_rows(model, rows, batch_size)
-    obstacle = _ffn_obstacle(sites) if any(hadamard) else ""
-    table: dict[tuple[Bits, bool], LadderRow] = {}
-    for rotate in dict.fromkeys(hadamard):
-        if rotate and obstacle:
-            for bits in settings:
-                table[bits, rotate] = LadderRow(bits, rotate, None, None, None, None, obstacle)
+    table: dict[tuple[Bits, str], LadderRow] = {}
+
+    def measure(method: str, some: Sequence[Bits]) -> Iterator[LadderRow]:
+        """Settings that share their weights: prepared once, as that is slow."""
+        hadamard = METHODS[method].hadamard
+        for bits in some:
+            with rounded_states(model, bits, hadamard, roles):
+                pass  # what cannot run is refused before the long work
+        with prepared_weights(model, method, some[0], calibration, options, roles) as prepared:
+            for bits in some:
+                with rounded_states(model, bits, hadamard, roles):
+                    result = perplexity_of_rows(model, rows, batch_size)
+                yield _row(bits, method, result, full, bytes_per_token, prepared.notes)
+
+    for method in dict.fromkeys(methods):
+        if obstacles[method]:
+            table |= {(b, method): LadderRow(b, method, None, None, None, None, obstacles[method]) for b in settings}
             continue
-        for bits, result in _measure(model, sites, rows, settings, rotate, batch_size).items():
-            table[bits, rotate] = _row(bits, rotate, result, full, bytes_per_token)
-    return [table[bits, rotate] for bits in settings for rotate in hadamard]
+        for key in dict.fromkeys(METHODS[method].weights_depend_on(bits) for bits in settings):
+            some = [bits for bits in dict.fromkeys(settings) if METHODS[method].weights_depend_on(bits) == key]
+            table |= {(row.bits, method): row for row in measure(method, some)}
+    return [table[bits, method] for bits in settings for method in methods]
 
 
 def _cell(value: float | None, spec: str) -> str:
@@ -108,10 +115,11 @@ def _cell(value: float | None, spec: str) -> str:
 
 def format_ladder(rows: Sequence[LadderRow]) -> str:
     """The rungs as a plain-text table, one line each; notes below it."""
-    lines = [f"{'W-A-KV':<10}{'FFN Had':<9}{'loss':>9}{'ppl':>12}{'ratio':>10}{'bits/byte':>11}"]
+    wide = max([len("method"), *(len(row.method) for row in rows)]) + 2
+    lines = [f"{'W-A-KV':<10}{'method':<{wide}}{'loss':>9}{'ppl':>12}{'ratio':>10}{'bits/byte':>11}"]
     for row in rows:
         lines.append(
-            f"{row.bits!s:<10}{'yes' if row.hadamard else 'no':<9}{_cell(row.loss, '.4f'):>9}"
+            f"{row.bits!s:<10}{row.method:<{wide}}{_cell(row.loss, '.4f'):>9}"
             f"{_cell(row.perplexity, '.5g'):>12}{_cell(row.ratio, '.4g'):>10}{_cell(row.bits_per_byte, '.4f'):>11}"
         )
     notes = dict.fromkeys(row.note for row in rows if row.note)

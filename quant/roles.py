@@ -39,7 +39,7 @@ ROLES: Mapping[str, Role] = {
     "mlp.dense_4h_to_h": Role.FFN_OUT,
 }
 
-_BLOCK_MEMBER = re.compile(r"(?:^|\.)layers\.\d+\.(.+)$")
+_BLOCK_MEMBER = re.compile(r"^((?:.*?\.)?layers\.\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,18 @@ class Site:
     name: str
     module: nn.Linear
     role: Role
+
+
+def block_of(name: str) -> str:
+    """The name of the block that a site lies in."""
+    member = _BLOCK_MEMBER.match(name)
+    assert member is not None, name
+    return member.group(1)
+
+
+def inner_name(name: str) -> str:
+    """A site's name inside its block, with a star for the number of an expert."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name.removeprefix(block_of(name) + "."))
 
 
 def _role_of(inner_name: str, roles: Mapping[str, Role]) -> Role | None:
@@ -63,11 +75,11 @@ def find_sites(model: nn.Module, roles: Mapping[str, Role] = ROLES) -> list[Site
     """
     sites, unknown = [], []
     for name, module in model.named_modules():
-        member = _BLOCK_MEMBER.search(name)
+        member = _BLOCK_MEMBER.match(name)
         if member is None:
             continue
         holds_matrix = isinstance(module, nn.Linear) or any(p.ndim > 1 for p in module.parameters(recurse=False))
-        role = _role_of(member.group(1), roles)
+        role = _role_of(inner_name(name), roles)
         if not holds_matrix or role is Role.KEEP:
             continue
         if role is None or not isinstance(module, nn.Linear):

@@ -1,11 +1,13 @@
-"""Where to clip each row of a weight: the search that minimises the quantization error."""
+"""How a weight becomes integers: groups, symmetric or not, and the clip search that minimises the rounding error."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from quant.integers import Quantized, quantize_symmetric
+from quant.integers import Grid, Quantized, asymmetric_grid, in_groups, symmetric_grid
 
 NUM_SHRINKS = 80
 ERROR_EXPONENT = 2.4
@@ -18,29 +20,44 @@ def shrink_factor(index: int) -> float:
     return 1 - index / 100
 
 
-def _search_block(rows: Tensor, bits: int) -> Tensor:
-    """The best shrink `[r, 1]` of each row of a float32 block `[r, n]`."""
-    least = torch.full_like(rows[:, :1], torch.inf)
-    best = torch.ones_like(least)
-    for index in range(NUM_SHRINKS):
-        shrink = shrink_factor(index)
-        values = quantize_symmetric(rows, bits, shrink=shrink).dequantize()
-        error = values.sub_(rows).abs_().pow_(ERROR_EXPONENT).sum(-1, keepdim=True)
-        better = error < least
-        best = torch.where(better, shrink, best)
-        least = torch.where(better, error, least)
-    return best
+@dataclass(frozen=True)
+class WeightRule:
+    """Integers of a weight `[out, in]`: `bits`, `symmetric` or with a zero point, a scale per `group` inputs of an output
+    channel (None: the whole channel), and whether the range is clipped where that makes the error least."""
 
+    bits: int
+    symmetric: bool = True
+    group: int | None = None
+    clip: bool = True
 
-def search_shrink(weight: Tensor, bits: int) -> Tensor:
-    """The float32 clip ratio `[out, 1]` per row of `[out, in]` that minimises sum |wq - w|^2.4 (first of equals).
+    def _unclipped(self, w_groups: Tensor, shrink: Tensor | float = 1.0) -> Grid:
+        make = symmetric_grid if self.symmetric else asymmetric_grid
+        return make(w_groups, self.bits, shrink)
 
-    The search of Outlier-Safe Pre-Training's evaluation (from QuaRot): 80 ratios 1 - i/100, one per output channel.
-    """
-    block = max(1, BLOCK_WEIGHTS // weight.shape[1])
-    return torch.cat([_search_block(rows.float(), bits) for rows in weight.split(block)])
+    def search_shrink(self, w_groups: Tensor) -> Tensor:
+        """The clip ratio `[..., G, 1]` of each group `[..., G, g]` that minimises sum |wq - w|^2.4 (first of equals).
 
+        The search of Outlier-Safe Pre-Training's evaluation (from QuaRot): 80 ratios 1 - i/100.
+        """
+        least = torch.full_like(w_groups[..., :1], torch.inf)
+        best = torch.ones_like(least)
+        for index in range(NUM_SHRINKS):
+            grid = self._unclipped(w_groups, shrink_factor(index))
+            values = grid.codes(w_groups).sub_(grid.zero).mul_(grid.scale)
+            error = values.sub_(w_groups).abs_().pow_(ERROR_EXPONENT).sum(-1, keepdim=True)
+            best = torch.where(error < least, shrink_factor(index), best)
+            least = torch.minimum(error, least)
+        return best
 
-def quantize_weight(weight: Tensor, bits: int) -> Quantized:
-    """Codes of a weight `[out, in]`, symmetric per output channel, each channel clipped where its error is least."""
-    return quantize_symmetric(weight, bits, shrink=search_shrink(weight, bits).unsqueeze(-1))
+    def grid(self, w_groups: Tensor) -> Grid:
+        """The integers for float32 groups `[..., G, g]`."""
+        return self._unclipped(w_groups, self.search_shrink(w_groups) if self.clip else 1.0)
+
+    def quantize(self, weight: Tensor) -> Quantized:
+        """Codes of `[out, in]`, rounded to nearest; raises UserError when groups do not divide the inputs."""
+        parts = []
+        for rows in weight.split(max(1, BLOCK_WEIGHTS // max(1, weight.shape[1]))):
+            w_groups = in_groups(rows, self.group)
+            parts.append(self.grid(w_groups).quantize(w_groups, rows.shape))
+        joined = [torch.cat([getattr(part, field) for part in parts]) for field in ("codes", "scale", "zero")]
+        return Quantized(joined[0], joined[1], joined[2], weight.shape)

@@ -18,7 +18,7 @@ from modeling.folders import resolve
 from quant.bits import Bits
 from quant.export_bnb import export_bnb_nf4
 from quant.export_hf import export_hf
-from quant.ladder import format_ladder, ladder
+from quant.ladder import DEFAULT_METHODS, format_ladder, ladder
 from quant.perplexity import perplexity_of_rows
 from training.data.store import TokenStore
 from training.run_directory import environment
@@ -34,8 +34,8 @@ def evaluate(config: RunConfig, store: TokenStore, checkpoint: Path) -> dict[str
     rows = store.rows("held_out", np.arange(min(config.eval.rows, store.num_rows("held_out"))))
     settings = [Bits.parse(text) for text in config.eval.bits]
     per_token = store.bytes_per_token("held_out")
-    transforms = (False, True) if config.eval.hadamard else (False,)
-    rungs = ladder(model, rows, settings, transforms, bytes_per_token=per_token)
+    methods = DEFAULT_METHODS if config.eval.hadamard else DEFAULT_METHODS[:1]
+    rungs = ladder(model, rows, settings, methods, bytes_per_token=per_token)
     print(format_ladder(rungs))
     loss = perplexity_of_rows(model, rows).nats_per_token
     result = {

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Print one table, full precision beside each setting."""
     from launch.loading import held_out_rows, load_model, load_tokenizer, text_windows
     from quant.bits import LADDER, Bits
-    from quant.ladder import format_ladder, ladder
+    from quant.ladder import DEFAULT_METHODS, format_ladder, ladder
 
     settings = [Bits.parse(text) for text in arguments.bits] if arguments.bits else list(LADDER)
     model, folder = load_model(arguments.checkpoint)
@@ -38,9 +38,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         rows, bytes_per_token = text_windows(load_tokenizer(folder), arguments.text, window)
     else:
         rows, bytes_per_token = held_out_rows(arguments.checkpoint, arguments.rows)
-    rungs = ladder(
-        model, rows, settings, (False,) if arguments.no_hadamard else (False, True), bytes_per_token=bytes_per_token
-    )
+    methods = DEFAULT_METHODS[:1] if arguments.no_hadamard else DEFAULT_METHODS
+    rungs = ladder(model, rows, settings, methods, bytes_per_token=bytes_per_token)
     print(format_ladder(rungs))
     table = [rung.as_json() for rung in rungs]
     return {"checkpoint": str(folder), "rows": len(rows), "tokens_per_row": rows.shape[1] - 1, "ladder": table}, 0

@@ -92,7 +92,7 @@ def small_run(folder: Path, name: str = "small run", steps: int = 20) -> list[di
     probes = [(Kurtosis(), 5), (Kurtosis(mode="single_token"), 10), (ActivationHistogram(), steps)]
     rows = train(model, steps, probes)
     settings = [Bits.parse(text) for text in ("16-16-16", "4-8-16", "4-4-4")]
-    rungs = ladder(model.eval(), tokens(4, 16), settings, (False, True), bytes_per_token=3.0)
+    rungs = ladder(model.eval(), tokens(4, 16), settings, bytes_per_token=3.0)
     loss = float(rows[-1]["eval/loss"])
     fields = ("hadamard", "loss", "perplexity", "ratio", "bits_per_byte", "note")
     evaluation = {

@@ -38,7 +38,7 @@ def test_the_model_is_as_before() -> None:
 
 def test_the_ratio_needs_no_full_precision_rung() -> None:
     model, rows = tiny_llama(), tokens(2, 9)
-    (row,) = ladder(model, rows, settings=[Bits(4, 4, 4)], hadamard=[False])
+    (row,) = ladder(model, rows, settings=[Bits(4, 4, 4)], methods=["rtn"])
     assert row.perplexity is not None
     assert row.ratio == row.perplexity / perplexity_of_rows(model, rows).perplexity
     assert row.bits_per_byte is None
@@ -56,9 +56,9 @@ def test_rungs_without_a_hadamard_size_are_kept_empty_with_the_reason() -> None:
 def test_the_table_shows_every_rung_and_each_note_once() -> None:
     model = tiny_llama(intermediate_size=100)
     lines = format_ladder(ladder(model, tokens(2, 9), settings=LADDER[:2])).splitlines()
-    assert lines[0].split() == ["W-A-KV", "FFN", "Had", "loss", "ppl", "ratio", "bits/byte"]
+    assert lines[0].split() == ["W-A-KV", "method", "loss", "ppl", "ratio", "bits/byte"]
     assert [line.split()[:2] for line in lines[1:5]] == [
-        ["16-16-16", "no"], ["16-16-16", "yes"], ["4-8-16", "no"], ["4-8-16", "yes"],
+        ["16-16-16", "rtn"], ["16-16-16", "rtn+hadamard"], ["4-8-16", "rtn"], ["4-8-16", "rtn+hadamard"],
     ]  # fmt: skip
     assert len(lines) == 6
     assert lines[5].startswith("skipped")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from quant import weight_clip
 from quant.integers import quantize_symmetric
-from quant.weight_clip import quantize_weight, search_shrink
+from quant.weight_clip import WeightRule
 
 
 def heavy_tailed(rows: int, inputs: int) -> Tensor:
@@ -31,14 +31,18 @@ def row_by_row(weight: Tensor, bits: int) -> list[float]:
 @pytest.mark.parametrize("shape", [(1, 1), (7, 33), (40, 96)])
 def test_search_equals_trying_each_ratio_on_each_row(bits: int, shape: tuple[int, int]) -> None:
     weight = heavy_tailed(*shape)
-    torch.testing.assert_close(search_shrink(weight, bits).flatten(), torch.tensor(row_by_row(weight, bits)))
+    torch.testing.assert_close(
+        WeightRule(bits).search_shrink(weight.unsqueeze(1)).flatten(), torch.tensor(row_by_row(weight, bits))
+    )
 
 
 def test_search_in_small_blocks_equals_search_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = heavy_tailed(37, 64)
-    whole = search_shrink(weight, 4)
+    whole = WeightRule(4).quantize(weight)
     monkeypatch.setattr(weight_clip, "BLOCK_WEIGHTS", 200)
-    assert torch.equal(search_shrink(weight, 4), whole)
+    pieces = WeightRule(4).quantize(weight)
+    assert torch.equal(pieces.codes, whole.codes)
+    assert torch.equal(pieces.scale, whole.scale)
 
 
 def test_clipping_never_costs_and_pays_on_heavy_tails() -> None:
@@ -48,6 +52,6 @@ def test_clipping_never_costs_and_pays_on_heavy_tails() -> None:
         return (values - weight).abs().pow(2.4).sum(-1)
 
     plain = error(quantize_symmetric(weight, 4).dequantize())
-    clipped = error(quantize_weight(weight, 4).dequantize())
+    clipped = error(WeightRule(4).quantize(weight).dequantize())
     assert (clipped <= plain).all()
     assert clipped.sum() < 0.75 * plain.sum()

@@ -1,0 +1,149 @@
+"""The methods of the 4-bit ladder, by name: what each does to a model before its activations and KV cache are rounded."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+from configs.errors import UserError
+from quant.bits import FULL, Bits
+from quant.fake_activations import quantized_activations
+from quant.fake_quant import check_ffn_sizes, rounded_states
+from quant.fake_weights import rotate_ffn_out, round_weights
+from quant.gptq import GPTQSettings
+from quant.integers import Quantized
+from quant.layerwise import round_by_gptq
+from quant.perplexity import Rows
+from quant.restoring import restoring_parameters
+from quant.roles import ROLES, Role, find_sites, head_dim_of
+from quant.weight_clip import WeightRule
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method does: `hadamard` rotates the FFN hidden state online, `gptq` rounds weights on calibration rows."""
+
+    summary: str
+    hadamard: bool = False
+    gptq: bool = False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration rows are needed."""
+        return self.gptq
+
+    def weights_depend_on(self, bits: Bits) -> object:
+        """Settings for which this is equal share their prepared weights."""
+        return bits.weights
+
+
+# By growing effort; "gptq+hadamard" is the rung that Outlier-Safe Pre-Training calls GPTQ.
+METHODS: Mapping[str, Method] = {
+    "rtn": Method("round to nearest"),
+    "rtn+hadamard": Method("round to nearest, FFN hidden state rotated online", hadamard=True),
+    "gptq": Method("GPTQ weights", gptq=True),
+    "gptq+hadamard": Method("GPTQ weights, FFN hidden state rotated online", hadamard=True, gptq=True),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How weights are rounded, for every method: groups of inputs (None: a whole output channel), symmetric or not, clip
+    search, and GPTQ's damping and order of columns."""
+
+    group: int | None = None
+    symmetric: bool = True
+    clip: bool = True
+    gptq: GPTQSettings = field(default_factory=GPTQSettings)
+    batch_size: int = 4
+
+    def rule(self, bits: int) -> WeightRule:
+        """The integers of the weights."""
+        return WeightRule(bits, self.symmetric, self.group, self.clip)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was done to a model's weights, what has to run beside them, and where a layer got less than was asked."""
+
+    method: str
+    hadamard: bool
+    notes: tuple[str, ...] = ()
+    codes: Mapping[str, Quantized] = field(default_factory=dict)
+
+
+def method_of(name: str) -> Method:
+    """The method of that name; raises UserError that lists the right ones."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(f"unknown method '{name}': {hint}known: {', '.join(METHODS)}", exit_code=2)
+    return METHODS[name]
+
+
+def prepare_weights(
+    model: PreTrainedModel,
+    method: str,
+    bits: Bits,
+    rows: Rows | None = None,
+    options: Options = Options(),
+    roles: Mapping[str, Role] = ROLES,
+    keep_codes: bool = False,
+) -> Prepared:
+    """Exchange the weights of `model` for rotated and rounded ones, in place; 16-bit weights are rotated only.
+
+    `rows` `[N, T]` are token ids for the methods that calibrate. With `keep_codes` the result holds every layer's integers.
+    Raises UserError for unknown methods, missing rows, architectures that the method cannot serve and weights that cannot
+    be rounded; the model is then as it was or partly exchanged (`prepared_weights` restores it).
+    """
+    chosen = method_of(method)
+    sites, head_dim = find_sites(model, roles), head_dim_of(model)
+    if chosen.hadamard:
+        check_ffn_sizes(sites)
+        rotate_ffn_out(sites)
+    codes: dict[str, Quantized] | None = {} if keep_codes else None
+    rule, notes = options.rule(bits.weights), []
+    if bits.weights != FULL and chosen.gptq:
+        with quantized_activations(sites, FULL, head_dim, chosen.hadamard):
+            notes += round_by_gptq(model, sites, rows, rule, options.gptq, options.batch_size, codes)
+    else:
+        round_weights(sites, rule, codes)
+    return Prepared(method, chosen.hadamard, tuple(notes), codes or {})
+
+
+@contextmanager
+def prepared_weights(
+    model: PreTrainedModel,
+    method: str,
+    bits: Bits,
+    rows: Rows | None = None,
+    options: Options = Options(),
+    roles: Mapping[str, Role] = ROLES,
+) -> Iterator[Prepared]:
+    """`prepare_weights`, undone afterwards; activations and KV cache are left to the caller (`rounded_states`)."""
+    with restoring_parameters(model):
+        yield prepare_weights(model, method, bits, rows, options, roles)
+
+
+@contextmanager
+def quantized(
+    model: PreTrainedModel,
+    method: str,
+    bits: Bits,
+    rows: Rows | None = None,
+    options: Options = Options(),
+    roles: Mapping[str, Role] = ROLES,
+) -> Iterator[Prepared]:
+    """Within it `model` computes at these bits by this method; afterwards it is as before. Raises UserError as its parts do."""
+    hadamard = method_of(method).hadamard
+    with rounded_states(model, bits, hadamard, roles):
+        pass  # what cannot run is refused before the long work
+    with (
+        prepared_weights(model, method, bits, rows, options, roles) as prepared,
+        rounded_states(model, bits, hadamard, roles),
+    ):
+        yield prepared
