@@ -309,6 +309,10 @@ class EvalSection(Section):
     """Steps between held-out evaluations; null: only at the end."""
     rows: Positive = 64
     """Held-out rows (of model.context tokens) per evaluation."""
+    quantized_every: Positive | None = 250
+    """Steps between held-out evaluations in few bits (round to nearest without clip search); null: only in the final table."""
+    quantized_bits: list[BitsText] = Field(default_factory=lambda: ["4-4-4"])
+    """W-A-KV settings measured every `quantized_every` steps; each is logged as eval/loss@W-A-KV beside eval/loss."""
     bits: list[BitsText] = Field(default_factory=lambda: ["16-16-16", "4-8-16", "4-8-8", "4-4-16", "4-4-4"])
     """W-A-KV settings of the final table."""
     hadamard: bool = True

@@ -78,7 +78,8 @@ def find_sites(model: nn.Module, roles: Mapping[str, Role] = ROLES) -> list[Site
         member = _BLOCK_MEMBER.match(name)
         if member is None:
             continue
-        holds_matrix = isinstance(module, nn.Linear) or any(p.ndim > 1 for p in module.parameters(recurse=False))
+        shapes = [getattr(p, "ds_shape", p.shape) for p in module.parameters(recurse=False)]  # ZeRO-3 keeps them there
+        holds_matrix = isinstance(module, nn.Linear) or any(len(shape) > 1 for shape in shapes)
         role = _role_of(inner_name(name), roles)
         if not holds_matrix or role is Role.KEEP:
             continue

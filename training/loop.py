@@ -16,7 +16,7 @@ from training.checkpoint import Progress, save
 from training.data.loader import Loader, document_ids
 from training.data.store import TokenStore
 from training.engine import Engine
-from training.heldout import heldout_loss
+from training.heldout import QuantizedLoss, heldout_loss
 from training.loss_sums import LossSums
 from training.metrics import MetricsLog, Row
 from training.optim.schedules import Schedule
@@ -50,6 +50,9 @@ class Trainer:
     def __post_init__(self) -> None:
         self.losses = LossSums(self.engine, self.progress.unlogged, self.progress.unlogged_steps)
         self.step_hooks = StepHooks(self.engine)
+        self.quantized = QuantizedLoss(self.config, self.engine, self.store)
+        if self.quantized.obstacle and self.engine.is_main:
+            print(f"no quantized loss during training: {self.quantized.obstacle}")
 
     def run(self) -> Progress:
         """Train from where `progress` stands to `train.steps`."""
@@ -100,8 +103,11 @@ class Trainer:
         row: Row = {}
         if self.due(step, self.config.train.log_every):
             row |= self.training_row(norm)
-        if self.due(step, self.config.eval.every):
+        quantized = self.config.eval.quantized_every is not None and step % self.config.eval.quantized_every == 0
+        if quantized or self.due(step, self.config.eval.every):
             row |= heldout_loss(self.engine, self.store, self.config.eval.rows, self.config.train.micro_batch)
+        if quantized:
+            row |= self.quantized.measure()
         for probe, every in self.probes:
             if self.due(step, every):
                 row |= self.observe(probe)
