@@ -15,6 +15,7 @@ from quant.fake_quant import check_ffn_sizes, rounded_states
 from quant.methods import METHODS, Options, method_of, prepared_weights
 from quant.perplexity import Perplexity, Rows, perplexity_of_rows
 from quant.roles import ROLES, Role, Site, find_sites
+from quant.stream import residual_stream
 
 DEFAULT_METHODS = ("rtn", "rtn+hadamard")
 
@@ -45,11 +46,13 @@ class LadderRow:
         return {**asdict(self), "bits": str(self.bits), "hadamard": self.hadamard}
 
 
-def _obstacle(method: str, sites: Sequence[Site]) -> str:
+def _obstacle(method: str, model: PreTrainedModel, sites: Sequence[Site]) -> str:
     """Why the method does not apply to this model, or nothing."""
     try:
         if method_of(method).hadamard:
             check_ffn_sizes(sites)
+        if method_of(method).rotation != "none":
+            residual_stream(model, sites)
     except UserError as error:
         return f"skipped: {error}"
     return ""
@@ -83,7 +86,7 @@ def ladder(
     `methods.quantized` and `perplexity_of_rows` do.
     """
     sites = find_sites(model, roles)
-    obstacles = {method: _obstacle(method, sites) for method in methods}
+    obstacles = {method: _obstacle(method, model, sites) for method in methods}
     full = perplexity_of_rows(model, rows, batch_size)
     table: dict[tuple[Bits, str], LadderRow] = {}
 

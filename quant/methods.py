@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from transformers import PreTrainedModel
 
@@ -20,16 +21,19 @@ from quant.layerwise import round_by_gptq
 from quant.perplexity import Rows
 from quant.restoring import restoring_parameters
 from quant.roles import ROLES, Role, find_sites, head_dim_of
+from quant.rotations import Kind, rotate
 from quant.weight_clip import WeightRule
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a method does: `hadamard` rotates the FFN hidden state online, `gptq` rounds weights on calibration rows."""
+    """What a method does: `hadamard` rotates the FFN hidden state online, `gptq` rounds weights on calibration rows,
+    `rotation` merges R1 of the residual stream and R2 of the value heads into the weights."""
 
     summary: str
     hadamard: bool = False
     gptq: bool = False
+    rotation: Literal["none", "random"] = "none"
 
     @property
     def calibrated(self) -> bool:
@@ -47,19 +51,23 @@ METHODS: Mapping[str, Method] = {
     "rtn+hadamard": Method("round to nearest, FFN hidden state rotated online", hadamard=True),
     "gptq": Method("GPTQ weights", gptq=True),
     "gptq+hadamard": Method("GPTQ weights, FFN hidden state rotated online", hadamard=True, gptq=True),
+    "quarot+rtn": Method("QuaRot rotations, weights rounded to nearest", hadamard=True, rotation="random"),
+    "quarot": Method("QuaRot rotations, GPTQ weights", hadamard=True, gptq=True, rotation="random"),
 }
 
 
 @dataclass(frozen=True)
 class Options:
     """How weights are rounded, for every method: groups of inputs (None: a whole output channel), symmetric or not, clip
-    search, and GPTQ's damping and order of columns."""
+    search, and GPTQ's damping and order of columns; calibration rows at a time; which random rotations, by which seed."""
 
     group: int | None = None
     symmetric: bool = True
     clip: bool = True
     gptq: GPTQSettings = field(default_factory=GPTQSettings)
     batch_size: int = 4
+    rotation: Kind = "hadamard"
+    seed: int = 0
 
     def rule(self, bits: int) -> WeightRule:
         """The integers of the weights."""
@@ -104,6 +112,9 @@ def prepare_weights(
     sites, head_dim = find_sites(model, roles), head_dim_of(model)
     if chosen.hadamard:
         check_ffn_sizes(sites)
+    if chosen.rotation != "none":
+        rotate(model, sites, options.rotation, options.seed)
+    if chosen.hadamard:
         rotate_ffn_out(sites)
     codes: dict[str, Quantized] | None = {} if keep_codes else None
     rule, notes = options.rule(bits.weights), []

@@ -24,7 +24,7 @@ def restoring_parameters(model: nn.Module) -> Iterator[None]:
 
 
 def exchange_weight(module: nn.Module, values: Tensor, name: str = "weight") -> None:
-    """Give `module` a new frozen parameter with these values, in its old dtype; what shared the old one keeps it."""
-    dtype = getattr(module, name).dtype
+    """Give `module` a new frozen parameter with these values, in its old dtype, on its device; what shared the old one keeps it."""
+    old = getattr(module, name)
     with torch.inference_mode(False):
-        module._parameters[name] = nn.Parameter(values.detach().to(dtype), requires_grad=False)
+        module._parameters[name] = nn.Parameter(values.detach().to(old.device, old.dtype), requires_grad=False)
