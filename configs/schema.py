@@ -277,8 +277,22 @@ class ParallelSection(Section):
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """What ZeRO keeps in host memory between uses: the optimizer's states, float32 weights and gradients; with `parameters` (stage 3) also
     the weights that the forward reads."""
+    expert: Positive = 1
+    """Ranks that share the experts of a `moe` network, experts / this many on each; tokens travel to them. Needs zero_stage 0, 1 or 2."""
     timeout_seconds: Positive = 600
     """How long a collective may wait for a peer."""
+
+    @model_validator(mode="after")
+    def _expert_fits(self) -> ParallelSection:
+        if self.expert > 1 and self.zero_stage == 3:
+            raise ValueError(
+                f"expert {self.expert} does not work with zero_stage 3, which cuts every expert over all ranks; use zero_stage 2"
+            )
+        if self.expert > 1 and self.offload != "none":
+            raise ValueError(
+                f"expert {self.expert} does not work with offload; each rank keeps its own experts on its device"
+            )
+        return self
 
     @model_validator(mode="after")
     def _offload_fits(self) -> ParallelSection:

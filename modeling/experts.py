@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from .config import MesokurtConfig
 from .dispatch import Plan
+from .expert_exchange import through_owners
 from .experts_fused import fused_experts
 from .hooks import KINDS, build
 from .initializers import truncated_normal_
@@ -39,11 +41,21 @@ def has_grouped(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def weighted_sum(outputs: Tensor, plan: Plan, weights: Tensor, tokens: int) -> Tensor:
+    """Sorted outputs `[S, D]` times their weights, added up token by token: `[N, D]`, summed in the weights' dtype."""
+    weighted = outputs.to(weights.dtype) * weights[:, None]
+    zeros = torch.zeros(tokens, outputs.shape[1], dtype=weights.dtype, device=outputs.device)
+    return zeros.index_add(0, plan.rows, weighted).to(outputs.dtype)
+
+
 class Experts(nn.Module):
     """E feed-forward networks as stacks `[E, out, in]`: `W_down(act(W_gate x) * W_up x)`, or `W_down act(W_up x)` when not gated.
 
-    Each expert's matrix is one matrix for Muon and starts LeCun-normal.
+    Each expert's matrix is one matrix for Muon and starts LeCun-normal. `group` is set by the trainer where the experts are spread over
+    several ranks; the stacks then hold this rank's part.
     """
+
+    group: Any = None
 
     def __init__(self, config: MesokurtConfig, count: int, width: int, gated: bool) -> None:
         super().__init__()
@@ -67,10 +79,18 @@ class Experts(nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
+        if self.group is None:
+            return self.compute(x, plan, weights)
+        outputs = through_owners(x, plan, len(self.up_proj), self.group, self.compute)
+        return weighted_sum(outputs, plan, weights, len(x))
+
+    def compute(self, x: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+        """`forward` with the experts of this rank."""
         gate = None if self.gate_proj is None else self.gate_proj.to(x.dtype)
         up, down = self.up_proj.to(x.dtype), self.down_proj.to(x.dtype)
         if self._fusible(x):
-            return fused_experts(x, weights, gate, up, down, plan, self.act_fn)
+            # `forward` itself: how often it runs depends on the tokens, and ZeRO-3 counts every module's calls.
+            return fused_experts(x, weights, gate, up, down, plan, self.act_fn.forward)
         tokens = x.index_select(0, plan.rows)
         if has_grouped(x):
             ends = plan.counts.cumsum(0).int()
@@ -78,8 +98,7 @@ class Experts(nn.Module):
         else:
             sizes = plan.counts.tolist()
             outputs = self._network(lambda rows, stack: looped_linear(rows, stack, sizes), tokens, gate, up, down)
-        weighted = outputs.to(weights.dtype) * weights[:, None]
-        return torch.zeros(x.shape, dtype=weighted.dtype, device=x.device).index_add(0, plan.rows, weighted).to(x.dtype)
+        return weighted_sum(outputs, plan, weights, len(x))
 
     def _network(
         self, linear: Callable[[Tensor, Tensor], Tensor], x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor

@@ -119,7 +119,7 @@ class MoE(nn.Module):
             kept = within_capacity(routing, self.count, capacity)
             wanted = routing.experts.numel() if routing.kept is None else routing.kept.sum()
             auxiliary["router/dropped"] = wanted - kept.sum()
-            routing.kept = kept
+            routing = routing._replace(kept=kept)
         y = self.routed(tokens, routing)
         if self.shared_experts is not None:
             y = y + self.shared_experts(tokens)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +13,8 @@ from torch import Tensor, nn
 from .hooks import HookError
 
 
-@dataclass
-class Routing:
-    """Choices of N tokens, K slots each.
+class Routing(NamedTuple):
+    """Choices of N tokens, K slots each. A tuple, in which ZeRO-3 finds the tensors that its hooks must see.
 
     Args:
         experts: `[N, K]` int64, the expert of each slot.
@@ -27,8 +25,8 @@ class Routing:
 
     experts: Tensor
     weights: Tensor
-    kept: Tensor | None = None
-    auxiliary: dict[str, Tensor] = field(default_factory=dict)
+    kept: Tensor | None
+    auxiliary: dict[str, Tensor]
 
 
 def expert_counts(experts: Tensor, kept: Tensor | None, count: int) -> Tensor:

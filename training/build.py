@@ -11,6 +11,7 @@ from configs.schema import HookSpec, RunConfig
 from modeling.config import MesokurtConfig
 from modeling.decoder import MesokurtForCausalLM
 from modeling.hooks import KINDS, HookError, HookKind, build, check
+from training.expert_parallel import check_expert_parallel
 from training.hooks import OBJECTIVE, OPTIMIZER, SAMPLER, SCHEDULE
 from training.optim.routed import AdamSettings, RoutedOptimizer
 from training.optim.routing import Route, route
@@ -41,6 +42,7 @@ def check_hooks(config: RunConfig) -> None:
             check(kind, hook.name, hook.options)
         except HookError as error:
             raise ConfigError(f"{key}: {error}") from None
+    check_expert_parallel(config)
 
 
 def model_config(config: RunConfig, eod_id: int | None = None) -> MesokurtConfig:

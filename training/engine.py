@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from configs.schema import RunConfig
 from modeling.decoder import MesokurtForCausalLM
 from training.accelerator import accumulation
+from training.expert_parallel import ExpertParallel
 from training.optim.exchange import Exchange
 from training.optim.layout import Layout
 from training.optim.routed import RoutedOptimizer
@@ -56,6 +57,9 @@ class Engine:
             model.model.compile()
         if config.train.dtype == "bf16":
             model.forward = torch.autocast(self.device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+        self.routes = dict(optimizer.routes)
+        spread = config.parallel.expert if self.world_size > 1 else 1
+        self.experts = ExpertParallel(model, optimizer, spread) if spread > 1 else None
         self.model: nn.Module
         self.zero: Zero12 | Zero3 | None = None
         if self.stage:
@@ -65,6 +69,13 @@ class Engine:
         else:
             self.model = accelerator.prepare_model(model)
             optimizer.layout = Layout(optimizer.layout.sizes, optimizer.layout.names)
+        if self.experts is not None:
+            self.experts.cut()
+
+    def set_lr_factor(self, factor: float) -> None:
+        """Every learning rate = its own peak times `factor`."""
+        for optimizer in [self.optimizer] if self.experts is None else [self.optimizer, self.experts.optimizer]:
+            optimizer.set_lr_factor(factor)
 
     @property
     def is_main(self) -> bool:
@@ -95,27 +106,36 @@ class Engine:
         if self.zero is not None:
             gradients = self.zero.gradients()
         else:
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            gradients = [p.grad for p in self._held() if p.grad is not None]
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
         total = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
         total = total.to(self.device)
         if self.stage:  # shards; without ZeRO every rank has the whole gradient
             dist.all_reduce(total)
+        if self.experts is not None:
+            self.experts.reduce_gradients()
+            total += self.experts.squared_norm(self.device)
         return math.sqrt(float(total))
 
     def step(self) -> float:
         """Clip the raw gradient, update, clear; returns the norm before clipping (not finite: nothing moved, on any rank)."""
         norm = self.gradient_norm()
-        self.optimizer.gradient_factor = clip_factor(norm, self.clip_norm)
+        factor, good = clip_factor(norm, self.clip_norm), math.isfinite(norm)
+        self.optimizer.gradient_factor = factor
         if self.zero is not None:
-            self.accelerator.deepspeed_engine_wrapped.engine.step()  # looks for overflow itself
+            if not good:  # DeepSpeed looks for overflow itself, but not among the experts
+                for gradient in self.zero.gradients():
+                    gradient.fill_(math.nan)
+            self.accelerator.deepspeed_engine_wrapped.engine.step()
             if self.zero.offloaded():  # a parameter that the next step does not use must not find its old gradient
                 for gradient in self.zero.gradients():
                     gradient.zero_()
         else:
-            if math.isfinite(norm):
+            if good:
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+        if self.experts is not None:
+            self.experts.step(factor, good)
         return norm
 
     def sum_(self, values: Tensor) -> None:
@@ -146,6 +166,14 @@ class Engine:
             return self.zero.held()
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    def _shards(self) -> Iterator[tuple[RoutedOptimizer, Layout, Tensor]]:
+        """Every tensor that an optimizer works on, with that optimizer and where its elements belong."""
+        for tensor in self._held():
+            yield self.optimizer, self.optimizer.layout, tensor
+        if self.experts is not None:
+            for tensor in self.experts.held():
+                yield self.experts.optimizer, self.experts.layout, tensor
+
     def whole_tensors(self) -> Iterator[tuple[str, Tensor | None]]:
         """`(key, tensor)` of parameters, persistent buffers (`model/NAME`) and states (`STATE/NAME`): whole on rank 0, None elsewhere.
 
@@ -153,9 +181,8 @@ class Engine:
         """
         for name, buffer in persistent_buffers(self.module).items():
             yield f"model/{name}", buffer.detach().cpu().clone() if self.is_main else None
-        layout = self.optimizer.layout
-        for tensor in self._held():
-            state = self.optimizer.state[tensor]
+        for optimizer, layout, tensor in self._shards():
+            state = optimizer.state[tensor]
             shaped = [("model", tensor.detach()), *((k, v) for k, v in state.items() if k != "step")]
             here = {part.name: part for part in layout.slices(tensor)}
             for name in layout.parameters_in(tensor):
@@ -170,7 +197,7 @@ class Engine:
                     whole = Exchange(layout, [name], {name: 0}).to_owners(local, flat).get(name)
                     yield (
                         f"{key}/{name}",
-                        None if whole is None else whole.view(self.optimizer.routes[name].shape).cpu(),
+                        None if whole is None or not self.is_main else whole.view(self.routes[name].shape).cpu(),
                     )
 
     @torch.no_grad()
@@ -181,8 +208,8 @@ class Engine:
         """
         if self.zero is not None:
             self.zero.before_weights_change()
-        for tensor in self._held():
-            for part in self.optimizer.layout.slices(tensor):
+        for _, layout, tensor in self._shards():
+            for part in layout.slices(tensor):
                 whole = read(part.name).flatten()
                 tensor.view(-1)[part.offset : part.offset + part.stop - part.start].copy_(whole[part.start : part.stop])
         if self.zero is not None:
@@ -190,9 +217,8 @@ class Engine:
 
     def load_states(self, read: Any) -> None:
         """Set optimizer states from `read(key) -> Tensor | None` (whole, keyed as by `whole_tensors`); each rank keeps its part."""
-        layout = self.optimizer.layout
-        for tensor in self._held():
-            state, names = self.optimizer.state[tensor], layout.parameters_in(tensor)
+        for optimizer, layout, tensor in self._shards():
+            state, names = optimizer.state[tensor], layout.parameters_in(tensor)
             step = read(f"step/{names[0]}")  # one for all parameters of a tensor
             if step is not None:
                 state["step"] = step.to(torch.float32)

@@ -58,7 +58,7 @@ class Trainer:
         """Train from where `progress` stands to `train.steps`."""
         self.engine.model.train()
         for index in range(self.progress.step, self.config.train.steps):
-            self.engine.optimizer.set_lr_factor(self.schedule(index))
+            self.engine.set_lr_factor(self.schedule(index))
             self.step_hooks.before(index, self.config.train.steps)
             self.forward_backward(index)
             norm = self.engine.step()

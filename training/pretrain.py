@@ -26,6 +26,7 @@ from training.data.loader import Loader
 from training.data.prepare import prepare
 from training.data.store import TokenStore
 from training.engine import Engine
+from training.expert_parallel import check_world
 from training.finish import finish
 from training.hooks import OBJECTIVE, SAMPLER
 from training.loop import Trainer
@@ -52,6 +53,7 @@ def pretrain(config: RunConfig, stop: StopSignal | None = None) -> Path:
     main = ranks.rank == 0
     check_hooks(config)
     accumulation(config, ranks.world_size)
+    check_world(config.parallel.expert, ranks.world_size)
     run_dir = RunDirectory(config, main)
     store = prepare(config, progress=main)
     set_seed(config.run.seed)

@@ -154,7 +154,7 @@ def test_capacity_keeps_the_largest_weights_and_dropped_slots_add_nothing() -> N
             assert routing.weights[mine & ~kept].max() <= routing.weights[mine & kept].min()
     y, auxiliary = moe(x)
     assert int(auxiliary["router/dropped"]) == int((~kept).sum()) > 0
-    masked = Routing(routing.experts, routing.weights * kept)
+    masked = Routing(routing.experts, routing.weights * kept, None, {})
     torch.testing.assert_close(y.flatten(0, 1), free.routed(x.flatten(0, 1), masked), rtol=1e-12, atol=1e-12)
 
 

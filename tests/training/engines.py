@@ -22,8 +22,10 @@ from training.optim.muon import Muon
 from training.optim.routed import AdamSettings
 from training.optim.routing import route
 from training.rendezvous import read_rank_environment
+from training.step_hooks import StepHooks
 
 VOCAB, CONTEXT, GLOBAL_BATCH = 128, 16, 8
+STEPS_PLANNED = 20  # what schedules are told
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,18 @@ class Case:
     micro: int = 2
     clip: float | None = None
     offload: str = "none"
+    expert: int = 1
 
     def config(self) -> RunConfig:
         """The run's config with this case's values."""
         clip = {} if self.clip is None else {"clip_norm": self.clip}
         train = {"global_batch": GLOBAL_BATCH, "micro_batch": self.micro, "dtype": self.dtype, **clip}
         return config_from_tree(
-            {"train": train, "parallel": {"zero_stage": self.stage, "offload": self.offload}}, "a test"
+            {
+                "train": train,
+                "parallel": {"zero_stage": self.stage, "offload": self.offload, "expert": self.expert},
+            },
+            "a test",
         )
 
 
@@ -95,8 +102,12 @@ def small_engine(case: Case, seed: int = 0, model: MesokurtForCausalLM | None = 
     return engine
 
 
-def train_step(engine: Engine, case: Case, step: int, scale: float = 1.0) -> tuple[float, float]:
+def train_step(
+    engine: Engine, case: Case, step: int, scale: float = 1.0, hooks: StepHooks | None = None
+) -> tuple[float, float]:
     """One update on this rank's share of the step's batch; returns the global batch's mean loss and the gradient's norm."""
+    if hooks is not None:
+        hooks.before(step, STEPS_PLANNED)
     share = GLOBAL_BATCH // engine.world_size
     parts = global_batch(step)[engine.rank * share : (engine.rank + 1) * share].split(case.micro)
     total = torch.zeros(())
@@ -105,8 +116,12 @@ def train_step(engine: Engine, case: Case, step: int, scale: float = 1.0) -> tup
         with engine.accumulating(last):
             loss = NextToken()(engine.model, {"tokens": tokens})
             engine.backward(loss.total * scale, last)
+        if hooks is not None:
+            hooks.take(loss.statistics)
         total += loss.parts["loss"] / len(parts)
     norm = engine.step()
+    if hooks is not None:
+        hooks.after(norm)
     return engine.mean(total).item(), norm
 
 

@@ -30,11 +30,13 @@ class Layout:
 
     sharded = False
 
-    def __init__(self, sizes: dict[str, int], names: dict[int, str], group: Any = None) -> None:
+    def __init__(self, sizes: dict[str, int], names: dict[int, str], group: Any = None, alone: bool = False) -> None:
+        """`alone`: nobody else has anything to do with these tensors, also where there are other ranks."""
         self.sizes, self.names = sizes, names
         self.group = group
-        self.world = dist.get_world_size(group) if dist.is_initialized() else 1
-        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
+        with_others = dist.is_initialized() and not alone
+        self.world = dist.get_world_size(group) if with_others else 1
+        self.rank = dist.get_rank(group) if with_others else 0
 
     def slices(self, tensor: Tensor) -> list[Slice]:
         """What `tensor` (one that the optimizer holds) contains."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +62,24 @@ class RoutedOptimizer(torch.optim.Optimizer):
     def algorithms(cls, **options: Any) -> Mapping[Role, str]:
         """Which algorithm trains each role."""
         raise NotImplementedError
+
+    def split(self, names: set[str]) -> RoutedOptimizer:
+        """Move some parameters to a new optimizer of the same kind and settings, which is returned; before either has any state."""
+        assert not self.state, "split before the first step"
+        other: RoutedOptimizer = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.state = defaultdict(dict)
+        other.updates = {name: MethodType(rule.__func__, other) for name, rule in self.updates.items()}  # type: ignore[attr-defined]
+        moved = {id(self.routes[name].parameter) for name in names}
+        for optimizer, wanted in ((self, False), (other, True)):
+            groups = [
+                {**group, "params": [p for p in group["params"] if (id(p) in moved) == wanted]}
+                for group in optimizer.param_groups
+            ]
+            optimizer.param_groups = [group for group in groups if group["params"]]
+        other.routes = {name: route for name, route in self.routes.items() if name in names}
+        self.routes = {name: route for name, route in self.routes.items() if name not in names}
+        return other
 
     def set_lr_factor(self, factor: float) -> None:
         """Every group's learning rate = its own peak times `factor`."""
