@@ -16,6 +16,7 @@ from configs.loading import load_config
 from modeling.auto import load_whole
 from modeling.folders import resolve
 from modeling.hooks import KINDS
+from quant.evaluation import Text
 
 
 def refuse_outside_hooks(folder: Path) -> None:
@@ -90,29 +91,57 @@ def load_tokenizer(where: str) -> PreTrainedTokenizerBase:
         raise UserError(f"{where}: no tokenizer can be loaded ({str(error).splitlines()[0]})") from None
 
 
-def text_windows(tokenizer: PreTrainedTokenizerBase, path: Path, window: int) -> tuple[Tensor, float]:
-    """Rows `[N, window + 1]` that score each token of a text once, and its bytes per token.
+# Names for --dataset; others are written REPO:SUBSET:SPLIT.
+DATASETS = {"wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1:test"}
+
+
+def text_windows(tokenizer: PreTrainedTokenizerBase, path: Path, window: int) -> Text:
+    """A text file in non-overlapping windows.
 
     Raises:
         UserError: the file cannot be read or is shorter than one window.
     """
-    if window < 1:
-        raise UserError(f"--window {window}: must be at least 1", exit_code=2)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--text {path}: cannot be read as UTF-8 text ({error})") from None
+    return _windows(tokenizer, text, window, f"--text {path}", path.name)
+
+
+def dataset_windows(tokenizer: PreTrainedTokenizerBase, name: str, window: int) -> Text:
+    """A Hub dataset's text column joined by blank lines, in non-overlapping windows (the WikiText-2 protocol).
+
+    Raises:
+        UserError: no such dataset here, no column of text, or less than one window of it.
+    """
+    repository, _, rest = DATASETS.get(name, name).partition(":")
+    subset, _, split = rest.partition(":")
+    from datasets import load_dataset
+
+    try:
+        column = load_dataset(repository, subset or None, split=split or "test")["text"]
+        text = "\n\n".join(column)
+    except Exception as error:  # the network and other people's files: many types, all the same to the user
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--dataset {name}: not available as text ({reason}); give --text FILE") from None
+    return _windows(tokenizer, text, window, f"--dataset {name}", name)
+
+
+def _windows(tokenizer: PreTrainedTokenizerBase, text: str, window: int, option: str, name: str) -> Text:
+    """Windows `[N, window]` of a text; what is left at its end is dropped."""
+    if window < 2:
+        raise UserError(f"--window {window}: must be at least 2", exit_code=2)
     tokens = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
-    count = (len(tokens) - 1) // window
+    count = len(tokens) // window
     if count < 1:
         raise UserError(
-            f"--text {path}: {len(tokens)} tokens are too few for one window of {window}; give a smaller --window"
+            f"{option}: {len(tokens)} tokens are too few for one window of {window}; give a smaller --window"
         )
-    return tokens[: count * window + 1].unfold(0, window + 1, window), len(text.encode()) / len(tokens)
+    return Text(name, tokens[: count * window].view(count, window), len(text.encode()) / len(tokens))
 
 
-def held_out_rows(run_dir: str, rows: int) -> tuple[Tensor, float]:
-    """The first held-out rows of a run's own token store.
+def held_out_rows(run_dir: str, rows: int) -> Text:
+    """The first held-out rows `[N, T + 1]` of a run's own token store.
 
     Raises:
         UserError: not a run directory, or its store is gone.
@@ -126,4 +155,21 @@ def held_out_rows(run_dir: str, rows: int) -> tuple[Tensor, float]:
         raise UserError(f"{run_dir} is no run directory, so it has no held-out rows; give --text FILE")
     store = prepare(load_config(saved))
     count = min(rows, store.num_rows("held_out"))
-    return store.rows("held_out", np.arange(count)), store.bytes_per_token("held_out")
+    return Text("held-out rows", store.rows("held_out", np.arange(count)), store.bytes_per_token("held_out"))
+
+
+def calibration_rows(checkpoint: str, path: Path | None, where: str, window: int, rows: int) -> Tensor | None:
+    """At most `rows` rows `[N, window]` to calibrate on: of a text file, else the first training rows of a run directory, else None.
+
+    Raises:
+        UserError: the file cannot be read or is too short, or the run's token store is gone.
+    """
+    if path is not None:
+        return text_windows(load_tokenizer(where), path, window).rows[:rows]
+    saved = Path(checkpoint) / "config.yaml"
+    if not saved.is_file():
+        return None
+    from training.data.prepare import prepare
+
+    store = prepare(load_config(saved))
+    return store.rows("train", np.arange(min(rows, store.num_rows("train"))))[:, :window]

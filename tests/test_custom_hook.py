@@ -124,7 +124,7 @@ def test_a_run_with_an_outside_class_is_evaluated_from_its_directory_but_a_copie
     ]
     assert main(["pretrain", *words]) == 0
     run = outside / "run"
-    assert main(["evaluate", str(run), "--bits", "16-16-16", "--rows", "4", "--no-hadamard"]) == 0
+    assert main(["evaluate", str(run), "--bits", "16-16-16", "--rows", "4", "--method", "rtn"]) == 0
     checkpoint = next((run / "checkpoints").iterdir())
     checkpoint.rename(outside / "copied")
     capfd.readouterr()

@@ -84,11 +84,10 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     probes = _probes(arguments.probes, _options(arguments.option))
     model, folder = load_model(arguments.checkpoint)
     if arguments.text:
-        rows, _ = text_windows(
-            load_tokenizer(folder), arguments.text, min(int(model.config.max_position_embeddings), 2048)
-        )
+        window = min(int(model.config.max_position_embeddings), 2048)
+        rows = text_windows(load_tokenizer(folder), arguments.text, window).rows
     else:
-        rows, _ = held_out_rows(arguments.checkpoint, arguments.rows)
+        rows = held_out_rows(arguments.checkpoint, arguments.rows).rows
     found: dict[str, Any] = {}
     for probe in probes:
         for part in rows[: arguments.rows, :-1].split(8):

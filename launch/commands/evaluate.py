@@ -1,45 +1,141 @@
-"""`mesokurt evaluate CKPT [--bits W-A-KV ...] [--text FILE]`."""
+"""`mesokurt evaluate CKPT [--bits W-A-KV ...] [--method ...] [--text FILE | --dataset NAME] [--tasks ...]`."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-EXAMPLE = "mesokurt evaluate runs/quickstart --text README.md --bits 16-16-16 4-4-4"
+from configs.errors import UserError
+
+EXAMPLE = "mesokurt evaluate runs/quickstart --text README.md --bits 4-8-16 4-4-4 --method rtn gptq --tasks all --task-data synthetic"
+RESULTS = "measurements.json"
+MOST_TOKENS = 2048
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Checkpoint, text and settings."""
-    parser.add_argument("checkpoint", metavar="CKPT", help="run directory, checkpoint, exported folder or Hub name")
-    parser.add_argument(
-        "--bits", nargs="+", metavar="W-A-KV", help="settings (default: 16-16-16 4-8-16 4-8-8 4-4-16 4-4-4)"
+    """Checkpoint, settings, text and benchmarks."""
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", help="run directory, checkpoint, exported folder or Hub name")
+    add(
+        "--bits",
+        nargs="+",
+        metavar="W-A-KV",
+        help="settings (default: 4-8-16 4-8-8 4-4-16 4-4-4), beside full precision",
     )
-    parser.add_argument("--text", type=Path, help="UTF-8 text file (default: the run's own held-out rows)")
-    parser.add_argument("--window", type=int, help="tokens per window (default: the model's context)")
-    parser.add_argument(
-        "--rows", type=int, default=64, help="held-out rows, when no --text is given (default: %(default)s)"
+    add("--method", nargs="+", metavar="NAME", help="how weights get there (default: rtn rtn+hadamard; see docs)")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text", type=Path, help="UTF-8 text file (default: the run's own held-out rows)")
+    text.add_argument(
+        "--dataset", metavar="NAME", help="wikitext-2, or REPO:SUBSET:SPLIT with a text column, from the Hub"
     )
-    parser.add_argument(
-        "--no-hadamard", action="store_true", help="leave out the rows with the Hadamard of the FFN hidden state"
+    text.add_argument("--no-text", action="store_true", help="benchmarks only")
+    add("--window", type=int, help="tokens per window of text (default: the model's context, at most 2048)")
+    add("--rows", type=int, default=64, help="held-out rows, when there is no text (default: %(default)s)")
+    add("--tasks", nargs="+", metavar="NAME", default=[], help="benchmarks, or all")
+    add(
+        "--task-data",
+        default="hub",
+        metavar="SOURCE",
+        help="hub, a folder with NAME.jsonl, or synthetic (default: hub)",
     )
+    add("--limit", type=int, help="only the first documents of every benchmark")
+    add(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="text for gptq and others (default: the run's own training rows)",
+    )
+    add("--calibration-rows", type=int, default=128, metavar="N", help="how much of it (default: %(default)s)")
+    add(
+        "--group-size", type=int, metavar="G", help="inputs that share a weight scale (default: a whole output channel)"
+    )
+    add("--batch-size", type=int, default=8, help="rows per forward pass (default: %(default)s)")
+    add("--results", type=Path, metavar="FILE", help=f"where results are kept and reused (default: {RESULTS} of a run)")
+
+
+def _check_counts(arguments: argparse.Namespace) -> None:
+    for name in ("limit", "calibration_rows", "group_size", "batch_size", "rows"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1", exit_code=2)
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Print one table, full precision beside each setting."""
-    from launch.loading import held_out_rows, load_model, load_tokenizer, text_windows
+    from launch.loading import calibration_rows, load_model, load_tokenizer
+    from quant.benchmark_data import load_task
+    from quant.benchmark_tasks import benchmarks_named
+    from quant.benchmarks import require_harness
     from quant.bits import LADDER, Bits
-    from quant.ladder import DEFAULT_METHODS, format_ladder, ladder
+    from quant.evaluation import Subject, evaluate
+    from quant.evaluation_table import format_table
+    from quant.ladder import DEFAULT_METHODS
+    from quant.measurements import Measurements, model_sha256
+    from quant.methods import Options, method_of
+    from training.run_directory import environment
 
+    _check_counts(arguments)
     settings = [Bits.parse(text) for text in arguments.bits] if arguments.bits else list(LADDER)
+    methods = list(dict.fromkeys(arguments.method or DEFAULT_METHODS))
+    calibrated = any(method.calibrated for method in map(method_of, methods))
+    benchmarks = benchmarks_named(arguments.tasks)
+    if benchmarks:
+        require_harness()
+    tasks = [load_task(task, arguments.task_data, arguments.limit) for task in benchmarks]
+    kept = Measurements(_results_file(arguments))
     model, folder = load_model(arguments.checkpoint)
-    if arguments.text:
-        window = arguments.window or min(int(model.config.max_position_embeddings), 2048)
-        rows, bytes_per_token = text_windows(load_tokenizer(folder), arguments.text, window)
-    else:
-        rows, bytes_per_token = held_out_rows(arguments.checkpoint, arguments.rows)
-    methods = DEFAULT_METHODS[:1] if arguments.no_hadamard else DEFAULT_METHODS
-    rungs = ladder(model, rows, settings, methods, bytes_per_token=bytes_per_token)
-    print(format_ladder(rungs))
-    table = [rung.as_json() for rung in rungs]
-    return {"checkpoint": str(folder), "rows": len(rows), "tokens_per_row": rows.shape[1] - 1, "ladder": table}, 0
+    window = arguments.window or min(int(model.config.get_text_config().max_position_embeddings), MOST_TOKENS)
+    text = _text(arguments, folder, window)
+    calibration = None
+    if calibrated:
+        calibration = calibration_rows(
+            arguments.checkpoint, arguments.calibration, folder, window, arguments.calibration_rows
+        )
+        if calibration is None:
+            raise UserError(f"{', '.join(methods)}: nothing to calibrate on; give --calibration FILE")
+    tokenizer = load_tokenizer(folder) if tasks else None
+    options = Options(group=arguments.group_size)
+    subject = Subject(model, tokenizer, text, tasks, calibration, options, arguments.batch_size)
+    table = evaluate(subject, settings, methods, kept, _say)
+    print(format_table(table))
+    if arguments.task_data == "synthetic" and tasks:
+        print("benchmarks: made-up rows, which rehearse the evaluation and judge no model")
+    named = {d.task.name: {"documents": len(d.documents), "shots": d.task.shots, "sha256": d.sha256} for d in tasks}
+    measured_text = {} if text is None else {"name": text.name, "windows": len(text.rows), "tokens": text.rows.shape[1]}
+    return {
+        "checkpoint": folder,
+        "model_sha256": model_sha256(model),
+        "text": measured_text,
+        "tasks": {"source": arguments.task_data, **named} if tasks else {},
+        "ladder": [row.as_json() for row in table],
+        "environment": environment(),
+    }, 0
+
+
+def _text(arguments: argparse.Namespace, folder: str, window: int) -> Any:
+    from launch.loading import dataset_windows, held_out_rows, load_tokenizer, text_windows
+
+    if arguments.no_text:
+        if not arguments.tasks:
+            raise UserError("--no-text without --tasks leaves nothing to measure", exit_code=2)
+        return None
+    if arguments.text is not None:
+        return text_windows(load_tokenizer(folder), arguments.text, window)
+    if arguments.dataset is not None:
+        return dataset_windows(load_tokenizer(folder), arguments.dataset, window)
+    return held_out_rows(arguments.checkpoint, arguments.rows)
+
+
+def _results_file(arguments: argparse.Namespace) -> Path | None:
+    if arguments.results is not None:
+        return Path(arguments.results)
+    run = Path(arguments.checkpoint)
+    return run / RESULTS if (run / "config.yaml").is_file() else None
+
+
+def _say(what: str) -> None:
+    """Where a long evaluation stands, for a person at a terminal."""
+    if sys.stderr.isatty():
+        print(f"measuring {what}", file=sys.stderr)

@@ -151,7 +151,7 @@ def test_a_run_goes_from_text_to_report_and_every_command_reads_it(
     assert [row["bits"] for row in trained["evaluation"]["ladder"]] == ["16-16-16", "4-4-4"]
     assert (tmp_path / "run" / "report.html").stat().st_size > 1000
 
-    assert main(["evaluate", run, "--bits", "16-16-16", "--rows", "4", "--no-hadamard", "--json"]) == 0
+    assert main(["evaluate", run, "--bits", "16-16-16", "--rows", "4", "--method", "rtn", "--json"]) == 0
     evaluated = object_printed(capfd)
     # the same network on the same rows in float32, in another order of batches
     assert evaluated["ladder"][0]["loss"] == pytest.approx(trained["evaluation"]["nats_per_token"], rel=1e-5)

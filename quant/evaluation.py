@@ -1,0 +1,203 @@
+"""One table: a model's text loss and benchmarks in full precision and at every setting by every method, resumable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from configs.errors import UserError
+from quant.benchmark_data import TaskData
+from quant.benchmarks import Score, run_benchmarks
+from quant.bits import FULL, Bits
+from quant.fake_quant import rounded_states
+from quant.measurements import Key, Measurements, model_sha256, tensor_sha256, versions
+from quant.methods import Options, method_of, prepared_weights
+from quant.perplexity import perplexity_of_rows
+
+FULL_PRECISION = Bits(FULL, FULL, FULL)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows of a text `[N, T]`, each token but a window's first being predicted, and its bytes per token."""
+
+    name: str
+    rows: Tensor
+    bytes_per_token: float
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured on what: the model, the text (if any), the benchmarks, and rows to calibrate on."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    text: Text | None
+    tasks: Sequence[TaskData] = ()
+    calibration: Tensor | None = None
+    options: Options = field(default_factory=Options)
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table; numbers are None where there is nothing to measure or it could not be, and `note` says why."""
+
+    bits: Bits
+    method: str
+    loss: float | None = None
+    perplexity: float | None = None
+    ratio: float | None = None
+    bits_per_byte: float | None = None
+    tasks: dict[str, Score] = field(default_factory=dict)
+    note: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain mapping, the bits as text."""
+        plain = {**asdict(self), "bits": str(self.bits), "hadamard": method_of(self.method).hadamard}
+        return {**plain, "tasks": {name: score.as_json() for name, score in self.tasks.items()}}
+
+
+class _Setup:
+    """A subject with its hashes and what has been measured of it."""
+
+    def __init__(self, subject: Subject, kept: Measurements) -> None:
+        self.subject, self.kept = subject, kept
+        self.model_sha256 = model_sha256(subject.model)
+        self.text_sha256 = tensor_sha256(subject.text.rows) if subject.text is not None else None
+        calibration = subject.calibration
+        self.calibration_sha256 = tensor_sha256(calibration) if calibration is not None else None
+
+    def key(self, bits: Bits, method: str, what: dict[str, str | None]) -> Key:
+        """Everything that a result depends on."""
+        chosen = method_of(method)
+        rounding = {} if bits.is_full else {"options": asdict(self.subject.options)}
+        calibrated = chosen.calibrated and not bits.is_full
+        calibration = {"calibration": self.calibration_sha256} if calibrated else {}
+        place = {"bits": str(bits), "method": method} if not bits.is_full else {"bits": str(bits)}
+        return {"model": self.model_sha256, **place, **rounding, **calibration, **what, "versions": versions()}
+
+    def measurements(self, bits: Bits, method: str) -> list[tuple[Key, Callable[[], Any]]]:
+        """The key of every result of a setting, and how it is measured on the model as it then is."""
+        s = self.subject
+        found: list[tuple[Key, Callable[[], Any]]] = []
+        if s.text is not None:
+            rows = s.text.rows
+            key = self.key(bits, method, {"text": self.text_sha256})
+            found.append((key, lambda: perplexity_of_rows(s.model, rows, s.batch_size).nats_per_token))
+        for data in s.tasks:
+            assert s.tokenizer is not None, "benchmarks are text"
+            key = self.key(bits, method, {"task": data.task.name, "data": data.sha256})
+            found.append((key, self._benchmark(data)))
+        return found
+
+    def _benchmark(self, data: TaskData) -> Callable[[], Any]:
+        s = self.subject
+
+        def measure() -> Any:
+            assert s.tokenizer is not None
+            return run_benchmarks(s.model, s.tokenizer, [data], s.batch_size)[data.task.name].as_json()
+
+        return measure
+
+
+@contextmanager
+def _in_setting(subject: Subject, bits: Bits, hadamard: bool) -> Iterator[None]:
+    if bits.is_full:
+        yield
+        return
+    with rounded_states(subject.model, bits, hadamard):
+        yield
+
+
+def _measure(setup: _Setup, method: str, settings: Sequence[Bits], progress: Callable[[str], None]) -> dict[Bits, str]:
+    """Fill in what is not there yet of settings that share their weights; returns why some could not be measured."""
+    subject, hadamard = setup.subject, method_of(method).hadamard
+    missing = [
+        bits for bits in settings if any(setup.kept.get(key) is None for key, _ in setup.measurements(bits, method))
+    ]
+    if not missing:
+        return {}
+    try:
+        for bits in missing:
+            with _in_setting(subject, bits, hadamard):
+                pass  # what cannot run is refused before the long work
+        if all(bits.is_full for bits in missing):
+            _measure_now(setup, method, missing, "", progress)
+        else:
+            weights = (subject.model, method, missing[0], subject.calibration, subject.options)
+            with prepared_weights(*weights) as prepared:
+                _measure_now(setup, method, missing, "; ".join(prepared.notes), progress)
+    except UserError as error:
+        if method_of(method).calibrated and subject.calibration is None:
+            raise UserError(f"method {method} needs text to calibrate on; give --calibration FILE") from None
+        return dict.fromkeys(missing, f"skipped: {error}")
+    return {}
+
+
+def _measure_now(
+    setup: _Setup, method: str, settings: Sequence[Bits], note: str, progress: Callable[[str], None]
+) -> None:
+    hadamard = method_of(method).hadamard
+    for bits in settings:
+        with _in_setting(setup.subject, bits, hadamard):
+            for key, measure in setup.measurements(bits, method):
+                if setup.kept.get(key) is None:
+                    progress(f"{bits} {method}: {key.get('task', 'text')}")
+                    setup.kept.put(key, {"value": measure(), "note": note})
+
+
+def _row(setup: _Setup, bits: Bits, method: str, full: float | None, note: str) -> Row:
+    entries = [setup.kept.get(key) for key, _ in setup.measurements(bits, method)]
+    note = note or next((entry["note"] for entry in entries if entry), "")
+    values = [entry["value"] if entry else None for entry in entries]
+    text = setup.subject.text
+    loss: float | None = values.pop(0) if text is not None else None
+    tasks = {d.task.name: Score(**value) for d, value in zip(setup.subject.tasks, values, strict=True) if value}
+    if loss is None or text is None:
+        return Row(bits, method, tasks=tasks, note=note)
+    ratio = _exp(loss - full) if full is not None else None
+    return Row(bits, method, loss, _exp(loss), ratio, loss / math.log(2) / text.bytes_per_token, tasks, note)
+
+
+def _exp(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
+
+def evaluate(
+    subject: Subject,
+    settings: Sequence[Bits],
+    methods: Sequence[str],
+    kept: Measurements,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """The table: full precision first, then every setting by every method. The model is afterwards as it was.
+
+    Results that `kept` holds under an equal key are not measured again. What does not apply to the model is a row with a note.
+
+    Raises:
+        UserError: an architecture without known roles, an unknown method, calibration rows that are missing.
+    """
+    setup, first = _Setup(subject, kept), methods[0]
+    _measure(setup, first, [FULL_PRECISION], progress)
+    table = [_row(setup, FULL_PRECISION, first, None, "")]
+    full = table[0].loss
+    table = [_row(setup, FULL_PRECISION, first, full, "")]
+    notes: dict[tuple[str, Bits], str] = {}
+    wanted = [bits for bits in dict.fromkeys(settings) if not bits.is_full]
+    for method in dict.fromkeys(methods):
+        for shared in dict.fromkeys(method_of(method).weights_depend_on(bits) for bits in wanted):
+            some = [bits for bits in wanted if method_of(method).weights_depend_on(bits) == shared]
+            notes |= {(method, bits): note for bits, note in _measure(setup, method, some, progress).items()}
+    for bits in wanted:
+        table += [_row(setup, bits, method, full, notes.get((method, bits), "")) for method in dict.fromkeys(methods)]
+    return table

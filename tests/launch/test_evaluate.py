@@ -1,0 +1,109 @@
+"""`mesokurt evaluate`: the WikiText-2 protocol on a text, benchmarks from files, kept results, and one line for what is missing."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from launch.cli import main
+from modeling.auto import load_whole
+from quant.synthetic_tasks import write_suite
+from tests.tiny_run import tiny_yaml
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run, trained for two steps."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    words = ["train.steps=2", "eval.bits=[]", "export.formats=[]", "model.context=64"]
+    assert main(["pretrain", str(tiny_yaml(folder)), *words]) == 0
+    return folder / "run"
+
+
+def evaluated(capfd: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    capfd.readouterr()
+    assert main(["evaluate", *words, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capfd.readouterr().out)
+    return found
+
+
+def test_a_text_is_scored_by_the_wikitext_protocol(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The reference: whole windows of T tokens, T - 1 predictions each, mean of the windows' means; computed one by one."""
+    text = run.parent / "corpus" / "001.txt"
+    found = evaluated(capfd, str(run), "--text", str(text), "--window", "24", "--bits", "4-4-4", "--method", "rtn")
+    folder = run / "checkpoints" / "step-00000002"
+    model: Any = load_whole(folder)
+    tokens = AutoTokenizer.from_pretrained(folder).encode(text.read_text(), add_special_tokens=False)
+    means = []
+    for begin in range(0, len(tokens) - 23, 24):
+        window = torch.tensor(tokens[begin : begin + 24])
+        with torch.no_grad():
+            scores = model(window[None]).logits[0].log_softmax(-1)
+        means.append(-float(scores[:-1].gather(1, window[1:, None]).mean()))
+    wanted = sum(means) / len(means)
+    full, quantized = found["ladder"]
+    assert full["bits"] == "16-16-16"
+    assert full["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert full["perplexity"] == pytest.approx(math.exp(wanted), rel=1e-4)
+    size = len(text.read_bytes()) / len(tokens)
+    assert full["bits_per_byte"] == pytest.approx(wanted / math.log(2) / size, rel=1e-5)
+    assert quantized["ratio"] == pytest.approx(math.exp(quantized["loss"] - full["loss"]))
+    assert found["text"] == {"name": "001.txt", "windows": len(tokens) // 24, "tokens": 24}
+
+
+def test_benchmarks_from_files_stand_beside_the_held_out_loss_and_are_kept(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    suite = str(write_suite(run.parent / "suite"))
+    words = [str(run), "--bits", "4-4-4", "--method", "rtn", "gptq", "--tasks", "all", "--task-data", suite, "--limit", "5",
+             "--rows", "4", "--calibration-rows", "8"]  # fmt: skip
+    first = evaluated(capfd, *words)
+    assert [(row["bits"], row["method"]) for row in first["ladder"]] == [
+        ("16-16-16", "rtn"),
+        ("4-4-4", "rtn"),
+        ("4-4-4", "gptq"),
+    ]
+    assert all(len(row["tasks"]) == 11 for row in first["ladder"])
+    assert first["ladder"][0]["tasks"]["gsm8k"]["note"] == "skipped: generates 256 tokens, the model's context is 64"
+    assert first["tasks"]["piqa"]["documents"] == 5
+    assert {"model_sha256", "environment"} <= first.keys()
+    kept = (run / "measurements.json").read_text()
+    assert evaluated(capfd, *words)["ladder"] == first["ladder"]
+    assert (run / "measurements.json").read_text() == kept
+    assert main(["evaluate", *words]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].split()[-4:] == ["SIQA", "TriviaQA", "WinoGrande", "mean"]
+    assert lines[1].split()[:2] == ["16-16-16", "-"]
+    assert lines[-1] == "gsm8k: skipped: generates 256 tokens, the model's context is 64"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["--tasks", "piqa"], 1, "task piqa: dataset ybisk/piqa (plain_text, validation) is not available"),
+        (["--tasks", "piqa", "--task-data", "nowhere"], 1, "task piqa: nowhere/piqa.jsonl is missing"),
+        (["--tasks", "pica"], 2, "unknown task 'pica'; known: all, piqa"),
+        (["--dataset", "wikitext-2"], 1, "--dataset wikitext-2: not available as text"),
+        (["--no-text"], 2, "--no-text without --tasks leaves nothing to measure"),
+        (["--limit", "0"], 2, "--limit 0: must be at least 1"),
+        (["--method", "rtm"], 2, "unknown method 'rtm'"),
+        (["--text", "absent.txt", "--bits", "4-4-4"], 1, "--text absent.txt: cannot be read"),
+        (["--results", "."], 1, "no file of measurements"),
+        (["--method", "gptq", "--calibration", "absent.txt"], 1, "absent.txt: cannot be read"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_or_wrong_is_one_line(
+    words: list[str], code: int, told: str, run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    assert main(["evaluate", str(run), *words]) == code
+    captured = capfd.readouterr()
+    assert told in captured.err
+    assert captured.err.startswith("error: ")
+    assert len(captured.err.splitlines()) == 1

@@ -1,0 +1,185 @@
+"""The table: every cell is what its own measurement gives, nothing is measured twice, the model is left as it was."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from configs.errors import UserError
+from quant.benchmark_data import SYNTHETIC, load_task
+from quant.benchmark_tasks import benchmarks_named
+from quant.benchmarks import Score, run_benchmarks
+from quant.bits import Bits
+from quant.evaluation import Row, Subject, Text, evaluate
+from quant.evaluation_table import format_table, markdown_table, mean_score, percent, scores
+from quant.fake_quant import fake_quantized
+from quant.ladder import ladder
+from quant.measurements import Measurements, model_sha256
+from tests.quant.tiny import tiny_llama, tokens
+from tests.training.data.corpora import VOCAB, small_tokenizer
+from training.data.tokenizer import save_tokenizer
+
+SETTINGS = [Bits(4, 8, 16), Bits(4, 4, 4)]
+METHODS = ["rtn", "rtn+hadamard", "gptq"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(small_tokenizer(), folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def model() -> LlamaForCausalLM:
+    return tiny_llama(vocab_size=VOCAB, dtype=torch.float32)
+
+
+def subject(tokenizer: PreTrainedTokenizerBase, of: LlamaForCausalLM | None = None) -> Subject:
+    tasks = [load_task(task, SYNTHETIC, limit=6) for task in benchmarks_named(["piqa", "arc_easy"])]
+    text = Text("tokens", tokens(4, 17), 2.5)
+    return Subject(of or model(), tokenizer, text, tasks, calibration=tokens(8, 16, seed=5))
+
+
+def test_text_cells_are_those_of_the_ladder_and_benchmarks_those_of_their_own_run(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    one = subject(tokenizer)
+    before = {name: p.detach().clone() for name, p in one.model.named_parameters()}
+    table = evaluate(one, SETTINGS, METHODS, Measurements(None))
+    assert all(torch.equal(p, before[name]) for name, p in one.model.named_parameters())
+    assert one.text is not None
+    rungs = ladder(one.model, one.text.rows, [Bits(16, 16, 16), *SETTINGS], METHODS, 2.5, calibration=one.calibration)
+    wanted = {(r.bits, r.method): r for r in rungs}
+    assert [(r.bits, r.method) for r in table] == [(Bits(16, 16, 16), "rtn")] + [
+        (b, m) for b in SETTINGS for m in METHODS
+    ]
+    for row in table:
+        rung = wanted[row.bits, row.method]
+        assert row.loss == rung.loss
+        assert row.perplexity == pytest.approx(rung.perplexity)
+        assert row.ratio == pytest.approx(rung.ratio)
+        assert row.bits_per_byte == pytest.approx(rung.bits_per_byte)
+    with fake_quantized(one.model, Bits(4, 4, 4)):
+        alone = run_benchmarks(one.model, tokenizer, one.tasks)
+    assert next(r for r in table if (r.bits, r.method) == (Bits(4, 4, 4), "rtn")).tasks == alone
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    file, whole = (
+        tmp_path / "deep" / "results.json",
+        evaluate(subject(tokenizer), SETTINGS, ["rtn"], Measurements(None)),
+    )
+    seen: list[str] = []
+
+    def interrupt_at_fifth(what: str) -> None:
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        seen.append(what)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(subject(tokenizer), SETTINGS, ["rtn"], Measurements(file), interrupt_at_fifth)
+    again: list[str] = []
+    assert evaluate(subject(tokenizer), SETTINGS, ["rtn"], Measurements(file), again.append) == whole
+    assert len(seen) == 4
+    assert len(again) == 3 * 3 - 4
+    assert not set(seen) & set(again)
+    assert evaluate(subject(tokenizer), SETTINGS, ["rtn"], Measurements(file), pytest.fail) == whole
+    assert [path.name for path in file.parent.iterdir()] == ["results.json"]
+
+
+def test_other_weights_text_documents_and_settings_are_measured_anew(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    file = tmp_path / "results.json"
+    evaluate(subject(tokenizer), SETTINGS[:1], ["rtn"], Measurements(file))
+    changed = model()
+    with torch.no_grad():
+        changed.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    base = subject(tokenizer)
+    longer = [load_task(task, SYNTHETIC, limit=7) for task in benchmarks_named(["piqa"])]
+    for other, settings, count in (
+        (subject(tokenizer, changed), SETTINGS[:1], 6),
+        (Subject(base.model, tokenizer, Text("x", tokens(4, 17, seed=2), 2.5), base.tasks), SETTINGS[:1], 2),
+        (Subject(base.model, tokenizer, base.text, longer), SETTINGS[:1], 2),
+        (base, SETTINGS, 3),
+    ):
+        measured: list[str] = []
+        evaluate(other, settings, ["rtn"], Measurements(file), measured.append)
+        assert len(measured) == count, measured
+    stored = json.loads(file.read_text())["measurements"][0]["key"]
+    assert stored["model"] == model_sha256(model())
+    assert set(stored["versions"]) == {"torch", "transformers", "lm_eval"}
+
+
+def test_equal_models_have_equal_hashes_wherever_they_lie(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path / "a")
+    assert model_sha256(LlamaForCausalLM.from_pretrained(tmp_path / "a")) == model_sha256(model())
+    assert model_sha256(tiny_llama(vocab_size=VOCAB, dtype=torch.float32, seed=1)) != model_sha256(model())
+
+
+def test_what_does_not_apply_is_a_row_with_a_reason(tokenizer: PreTrainedTokenizerBase) -> None:
+    odd = subject(tokenizer, tiny_llama(vocab_size=VOCAB, dtype=torch.float32, intermediate_size=100))
+    full, plain, rotated = evaluate(odd, SETTINGS[1:], METHODS[:2], Measurements(None))
+    assert full.loss is not None
+    assert plain.loss is not None
+    assert rotated.loss is None
+    assert rotated.tasks == {}
+    assert rotated.note.startswith("skipped: model.layers.0.mlp.down_proj: no Hadamard matrix of size 100")
+    assert format_table([full, plain, rotated]).splitlines()[-1].startswith("4-4-4 rtn+hadamard: skipped")
+
+
+def test_calibration_that_is_missing_is_one_line(tokenizer: PreTrainedTokenizerBase) -> None:
+    one = subject(tokenizer)
+    without = Subject(one.model, tokenizer, one.text)
+    with pytest.raises(UserError, match="method gptq needs text to calibrate on; give --calibration FILE"):
+        evaluate(without, SETTINGS, ["gptq"], Measurements(None))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"measurements": [1]}', '{"measurements": [{"key": 3}]}', "\ufeff"])
+def test_a_broken_results_file_is_one_line_and_stays(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"results.json: no file of measurements") as caught:
+        Measurements(file)
+    assert len(str(caught.value).splitlines()) == 1
+    assert file.read_text() == content
+
+
+def test_arc_is_the_mean_of_its_halves_and_errors_add_as_independent_ones_do() -> None:
+    tasks = {
+        "arc_easy": Score(0.5, 0.03, 10), "arc_challenge": Score(0.3, 0.04, 20), "piqa": Score(0.6, 0.01, 5),
+        "gsm8k": Score(None, None, 4, "skipped: short"),
+    }  # fmt: skip
+    found = scores(tasks)
+    assert list(found) == ["ARC", "PIQA", "GSM8K"]
+    assert found["ARC"].accuracy == pytest.approx(0.4)
+    assert found["ARC"].stderr == pytest.approx(0.05 / 2)
+    assert found["ARC"].documents == 30
+    assert mean_score([]) == Score(None, None, 0)
+    assert percent(found["ARC"]) == "40.0±2.5"
+    row = Row(Bits(4, 4, 4), "rtn", tasks=tasks)
+    assert format_table([row]).splitlines() == [
+        "W-A-KV  method       ARC      PIQA  GSM8K           mean",
+        "4-4-4   rtn     40.0±2.5  60.0±1.0      -  50.0±1.3 of 2",
+        "gsm8k: skipped: short",
+    ]
+    assert percent(Score(0.5, None, 1)) == "50.0"
+    assert math.isclose(0.5 * math.sqrt(0.025**2 + 0.01**2), 0.0135, rel_tol=0.01)
+
+
+def test_the_model_cards_table_has_the_same_cells() -> None:
+    rows = [
+        Row(Bits(16, 16, 16), "rtn", 1.0, math.e, 1.0, 0.5),
+        Row(Bits(4, 4, 4), "gptq", 1.5, math.exp(1.5), math.exp(0.5)),
+    ]
+    assert markdown_table(rows).splitlines() == [
+        "| W-A-KV | method | loss | ppl | ratio | bits/byte |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| 16-16-16 | - | 1.0000 | 2.7183 | 1 | 0.5000 |",
+        "| 4-4-4 | gptq | 1.5000 | 4.4817 | 1.649 | - |",
+    ]
