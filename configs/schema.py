@@ -344,7 +344,7 @@ class ExportSection(Section):
     """What the run writes at its end."""
 
     formats: list[ExportFormat] = Field(default_factory=_all_formats)
-    """`hf`: merged to a stock Llama; `bnb-nf4`: the same in 4 bits for stock transformers."""
+    """`hf`: merged to a stock architecture (Llama, or a mixture of experts); `bnb-nf4`: the same in 4 bits for stock transformers."""
 
 
 class ProbeSpec(HookSpec):

@@ -9,7 +9,7 @@ import torch
 
 from configs.schema import RunConfig
 from modeling.decoder import MesokurtForCausalLM
-from modeling.to_llama import obstacle
+from modeling.to_stock import obstacle
 from training.build import build_optimizer, check_hooks, model_config
 
 FLOAT = 4
@@ -68,7 +68,9 @@ def inspect_config(config: RunConfig, ranks: int) -> Size:
     with torch.device("meta"):
         model = MesokurtForCausalLM(model_config(config))
     reason = obstacle(model) if config.export.formats else None
-    notes = [f"{reason} has no counterpart in a stock Llama: the run will end without an export"] if reason else []
+    notes = (
+        [f"{reason} has no counterpart in a stock architecture: the run will end without an export"] if reason else []
+    )
     _, routes = build_optimizer(config, model)
     by_algorithm: dict[str, int] = {}
     for r in routes:

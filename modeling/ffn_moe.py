@@ -70,10 +70,11 @@ class MoE(nn.Module):
         spec, kind = inner_spec(router), INNER_KINDS["router"]
         self.router = build(kind, spec, width=config.hidden_size, experts=experts, active=active)
         self.experts = Experts(config, experts, width, gated)
+        self.shared_width = shared_experts * width
         self.shared_experts: nn.Module | None = None
         if shared_experts:
             shared = copy.copy(config)
-            shared.intermediate_size = shared_experts * width
+            shared.intermediate_size = self.shared_width
             self.shared_experts = (GatedFFN if gated else MLP)(shared, layer)
 
     @classmethod

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from .blocks import PreNormBlock
 from .decoder import MesokurtForCausalLM
@@ -13,16 +15,13 @@ from .ffn_gated import GatedFFN
 STOCK_ACTIVATIONS = ("silu", "gelu", "relu", "relu2")
 
 
-def obstacle(model: MesokurtForCausalLM) -> str | None:
-    """Why the network is no stock Llama; None when it is one."""
+def decoder_obstacle(model: MesokurtForCausalLM) -> str | None:
+    """What, outside the feed-forward layers, no stock architecture has; None when there is nothing."""
     config = model.config
     if config.activation["name"] not in STOCK_ACTIVATIONS:
         return f"activation {config.activation['name']!r}"
-    for layer in model.model.layers:
-        if type(layer) is not PreNormBlock:
-            return f"block {config.block['name']!r}"
-        if type(layer.mlp) is not GatedFFN:
-            return f"ffn {config.ffn['name']!r}"
+    if any(type(layer) is not PreNormBlock for layer in model.model.layers):
+        return f"block {config.block['name']!r}"
     if not all(hasattr(norm, "gain_vector") for norm in (model.model.norm, model.model.layers[0].input_layernorm)):
         return f"norm {config.norm['name']!r}"
     if not hasattr(model.model.embedding, "merged"):
@@ -30,38 +29,38 @@ def obstacle(model: MesokurtForCausalLM) -> str | None:
     return None
 
 
-def llama_config(model: MesokurtForCausalLM) -> LlamaConfig:
-    """The stock configuration of the same shape."""
+def obstacle(model: MesokurtForCausalLM) -> str | None:
+    """Why the network is no stock Llama; None when it is one."""
+    reason = decoder_obstacle(model)
+    if reason is None and any(type(layer.mlp) is not GatedFFN for layer in model.model.layers):
+        return f"ffn {model.config.ffn['name']!r}"
+    return reason
+
+
+def stock_shape(model: MesokurtForCausalLM) -> dict[str, Any]:
+    """The arguments that every stock configuration of this shape takes."""
     c = model.config
-    return LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers,
-        num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads,
-        head_dim=c.head_dim,
-        hidden_act=c.activation["name"],
-        max_position_embeddings=c.max_position_embeddings,
-        rms_norm_eps=c.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        tie_word_embeddings=c.tie_word_embeddings,
-        bos_token_id=c.bos_token_id,
-        eos_token_id=c.eos_token_id,
-        pad_token_id=c.pad_token_id,
-    )
+    return {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_hidden_layers,
+        "num_attention_heads": c.num_attention_heads,
+        "num_key_value_heads": c.num_key_value_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": c.activation["name"],
+        "max_position_embeddings": c.max_position_embeddings,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "bos_token_id": c.bos_token_id,
+        "eos_token_id": c.eos_token_id,
+        "pad_token_id": c.pad_token_id,
+    }
 
 
-@torch.no_grad()
-def to_llama(model: MesokurtForCausalLM) -> LlamaForCausalLM:
-    """A stock Llama that computes the same logits: embeddings merged, norm gains written out as vectors.
-
-    Raises:
-        ValueError: a part that Llama cannot express; the message names it.
-    """
-    reason = obstacle(model)
-    if reason is not None:
-        raise ValueError(f"{reason} has no counterpart in a stock Llama")
+def stock_state(model: MesokurtForCausalLM) -> dict[str, Tensor]:
+    """Everything but the feed-forward layers under transformers' names: embeddings merged, norm gains written out as vectors."""
     table, head = model.model.embedding.merged(model.lm_head.weight)
     state: dict[str, Tensor] = {
         "model.embed_tokens.weight": table,
@@ -74,8 +73,28 @@ def to_llama(model: MesokurtForCausalLM) -> LlamaForCausalLM:
         state[prefix + "post_attention_layernorm.weight"] = layer.post_attention_layernorm.gain_vector()
         for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
             state[f"{prefix}self_attn.{part}.weight"] = getattr(layer.self_attn, part).weight
+    return state
+
+
+def filled(stock: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
+    """A stock model with copies of these tensors, every one of its own and no other, in evaluation mode."""
+    stock.to(dtype=state["model.embed_tokens.weight"].dtype)  # type: ignore[call-arg]
+    stock.load_state_dict({name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, strict=True)
+    return stock.eval()
+
+
+@torch.no_grad()
+def to_llama(model: MesokurtForCausalLM) -> PreTrainedModel:
+    """A stock Llama that computes the same logits.
+
+    Raises:
+        ValueError: a part that Llama cannot express; the message names it.
+    """
+    reason = obstacle(model)
+    if reason is not None:
+        raise ValueError(f"{reason} has no counterpart in a stock Llama")
+    state = stock_state(model)
+    for index, layer in enumerate(model.model.layers):
         for part in ("gate_proj", "up_proj", "down_proj"):
-            state[f"{prefix}mlp.{part}.weight"] = getattr(layer.mlp, part).weight
-    llama = LlamaForCausalLM(llama_config(model)).to(table.dtype)
-    llama.load_state_dict({name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, strict=True)
-    return llama.eval()
+            state[f"model.layers.{index}.mlp.{part}.weight"] = getattr(layer.mlp, part).weight
+    return filled(LlamaForCausalLM(LlamaConfig(**stock_shape(model))), state)

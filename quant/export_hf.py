@@ -14,7 +14,7 @@ from configs.errors import UserError
 from modeling.auto import load_whole
 from modeling.decoder import MesokurtForCausalLM
 from modeling.folders import resolve
-from modeling.to_llama import to_llama
+from modeling.to_stock import to_stock
 
 TOLERANCE = 1e-5
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
@@ -47,8 +47,8 @@ def _load_trained(source: Path) -> MesokurtForCausalLM:
     return model
 
 
-def _write(llama: PreTrainedModel, source: Path, folder: Path) -> None:
-    llama.save_pretrained(folder)
+def _write(stock: PreTrainedModel, source: Path, folder: Path) -> None:
+    stock.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copy(source / name, folder / name)
@@ -67,10 +67,12 @@ def _parity(model: MesokurtForCausalLM, written: Path) -> tuple[str, float]:
 
 @torch.no_grad()
 def export_hf(checkpoint: str | Path, out: str | Path) -> HFExport:
-    """Merge a checkpoint into a stock Llama folder with its tokenizer, reload it, and compare; `out` is left alone unless all is well.
+    """Merge a checkpoint into a folder of a stock architecture (Llama, or a mixture of experts) with its tokenizer, reload, compare.
+
+    `out` is left alone unless all is well.
 
     Raises:
-        UserError: no checkpoint there, a part that Llama lacks, a full disk, or a reloaded model or tokenizer that differs.
+        UserError: no checkpoint there, a part that no stock architecture has, a full disk, or a reloaded model or tokenizer that differs.
     """
     try:
         source, target = resolve(checkpoint), Path(out)
@@ -78,13 +80,13 @@ def export_hf(checkpoint: str | Path, out: str | Path) -> HFExport:
         raise UserError(f"export: {error}") from None
     model = _load_trained(source)
     try:
-        llama = to_llama(model)
+        stock = to_stock(model)
     except ValueError as error:
         raise UserError(f"export {source}: {error}; it cannot be exported as hf") from None
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write(llama, source, partial)
+        _write(stock, source, partial)
         architecture, difference = _parity(model, partial)
         if not difference < TOLERANCE:
             raise UserError(

@@ -57,7 +57,7 @@ def export(config: RunConfig, checkpoint: Path) -> None:
     """The formats that the config asks for, under `run.dir/export`.
 
     Raises:
-        UserError: the network is no stock Llama, a check inside the export failed, or bitsandbytes is missing.
+        UserError: the network is no stock architecture, a check inside the export failed, or bitsandbytes is missing.
     """
     folder = Path(config.run.dir, "export")
     merged = folder / "hf"

@@ -17,7 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Checkpoint, format, target."""
     parser.add_argument("checkpoint", metavar="CKPT", help="run directory or checkpoint folder")
     parser.add_argument(
-        "--format", choices=["hf", "bnb-nf4"], default="hf", help="hf: stock Llama; bnb-nf4: the same in 4 bits"
+        "--format",
+        choices=["hf", "bnb-nf4"],
+        default="hf",
+        help="hf: a stock architecture; bnb-nf4: the same in 4 bits",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write (must not exist)")
 

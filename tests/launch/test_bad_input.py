@@ -123,7 +123,10 @@ def test_a_mistake_in_the_config_stops_before_anything_is_written(
 def test_an_export_that_cannot_be_is_told_before_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     yaml = str(tiny_yaml(tmp_path))
     assert main(["config", "check", yaml, "model.ffn=mlp"]) == 0
-    assert "note: ffn 'mlp' has no counterpart in a stock Llama: the run will end without" in capsys.readouterr().out
+    assert (
+        "note: ffn 'mlp' has no counterpart in a stock architecture: the run will end without"
+        in capsys.readouterr().out
+    )
     assert main(["config", "check", yaml, "model.ffn=mlp", "export.formats=[]"]) == 0
     assert "note" not in capsys.readouterr().out
 

@@ -105,15 +105,15 @@ def test_a_network_that_llama_cannot_express_is_refused_by_the_parts_name(tmp_pa
 
 def test_other_logits_refuse_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = checkpoint(tmp_path / "checkpoint", tokenizer=False)
-    merge = module.to_llama
+    merge = module.to_stock
 
-    def wrong(model: Any) -> LlamaForCausalLM:
-        llama = merge(model)
+    def wrong(model: Any) -> Any:
+        llama: Any = merge(model)
         with torch.no_grad():
             llama.model.norm.weight.mul_(1.001)
         return llama
 
-    monkeypatch.setattr(module, "to_llama", wrong)
+    monkeypatch.setattr(module, "to_stock", wrong)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "kept").write_text("an earlier export")
     assert "logits differ by 1.0e-03 (relative) from the trained model; nothing was exported" in refusal(
