@@ -314,6 +314,16 @@ class CheckpointSection(Section):
     """Steps between checkpoints (the last step is always saved); null: only the last."""
     keep: Positive = 2
     """Newest checkpoints kept."""
+    keep_every: Positive | None = None
+    """Keep for good, besides, the checkpoints of every so many steps (a multiple of `every`)."""
+    overlap: bool = True
+    """Write while training goes on, from a copy of weights and optimizer states in rank 0's host memory; false: no copy, training waits."""
+
+    @model_validator(mode="after")
+    def _keep_every_happens(self) -> CheckpointSection:
+        if self.keep_every is not None and (self.every is None or self.keep_every % self.every):
+            raise ValueError(f"keep_every {self.keep_every} is not a multiple of every {self.every}")
+        return self
 
 
 class EvalSection(Section):

@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from pathlib import Path
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 MANIFEST = "manifest.json"
+MANIFEST_LIMIT = 16 * 2**20  # bytes; a hostile one must not fill the memory
+STEP = re.compile(r"step-([0-9]+)")
+
+
+class FileRecord(NamedTuple):
+    """What a manifest says of one file."""
+
+    bytes: int
+    sha256: str
+
+
+class ManifestError(ValueError):
+    """A manifest that is missing, damaged or hostile; the text says which."""
 
 
 def sha256(path: Path) -> str:
@@ -16,40 +33,115 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path) -> None:
-    """Record size and SHA-256 of every file in `folder` (written last, so its presence means that the folder is complete)."""
-    files = {
-        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)}
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
+def _render(files: Mapping[str, FileRecord], written_at: str) -> bytes:
+    """The one way to write a manifest; its last entry is the checksum of all before it."""
+    body: dict[str, Any] = {
+        "written_at": written_at,
+        "files": {name: record._asdict() for name, record in sorted(files.items())},
     }
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
+    digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return (json.dumps({**body, "sha256": digest}, indent=1) + "\n").encode()
 
 
-def fault(folder: Path) -> str | None:
-    """What is wrong with a folder that should match its manifest; None when nothing is."""
+def write_manifest(folder: Path, known: Mapping[str, FileRecord] | None = None) -> None:
+    """Record size and SHA-256 of every file in `folder` (written last, so its presence means that the folder is complete).
+
+    Args:
+        folder: what is recorded, sub-folders too.
+        known: files that were hashed while they were written, and are not read again.
+    """
+    files = dict(known or {})
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in files and name != MANIFEST:
+            files[name] = FileRecord(path.stat().st_size, sha256(path))
+    (folder / MANIFEST).write_bytes(_render(files, datetime.now(UTC).isoformat(timespec="seconds")))
+
+
+def read_manifest(folder: Path) -> tuple[dict[str, FileRecord], str]:
+    """Files by name, and when they were written (ISO 8601, UTC; for people, nothing is decided by it).
+
+    Raises:
+        ManifestError: missing, not exactly as it was written, or with a name that leads out of the folder.
+    """
+    path = folder / MANIFEST
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        entries = [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()]
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} is not readable ({type(error).__name__})"
-    for name, size, digest in entries:
-        path = folder / name
+        if not path.is_file():
+            raise ManifestError(f"{MANIFEST} is missing")
+        if path.stat().st_size > MANIFEST_LIMIT:
+            raise ManifestError(f"{MANIFEST} is larger than {MANIFEST_LIMIT} bytes")
+        data = path.read_bytes()
+        tree = json.loads(data)
+        files = {str(name): FileRecord(**entry) for name, entry in tree["files"].items()}
+        if _render(files, str(tree["written_at"])) != data:
+            raise ManifestError(f"{MANIFEST} does not match its own checksum")
+    except ManifestError:
+        raise
+    except OSError as error:
+        raise ManifestError(f"{MANIFEST} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ManifestError(f"{MANIFEST} is not readable ({type(error).__name__})") from None
+    for name, record in files.items():
+        if not _inside(name):
+            raise ManifestError(f"{MANIFEST} names {name[:80]!r}, which is not a file of this folder")
+        if type(record.bytes) is not int or not isinstance(record.sha256, str):
+            raise ManifestError(f"{MANIFEST} has no size or checksum for {name[:80]!r}")
+    return files, str(tree["written_at"])
+
+
+def _inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def _file_fault(folder: Path, name: str, record: FileRecord, content: bool) -> str | None:
+    path = folder / name
+    try:
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
-        if sha256(path) != digest:
+        size = path.stat().st_size
+        if size != record.bytes:
+            return f"{name} has {size} bytes, not {record.bytes}"
+        if content and sha256(path) != record.sha256:
             return f"{name} does not match its checksum"
+    except OSError as error:
+        return f"{name[:80]} cannot be read ({error.strerror})"
+    except ValueError as error:  # a name that no file system takes, such as half a surrogate pair
+        return f"{name[:80]!r} cannot be a file name ({type(error).__name__})"
     return None
 
 
+def faults(folder: Path, content: bool = True) -> list[str]:
+    """Everything wrong with a folder that should match its manifest; files are read in parallel.
+
+    Args:
+        folder: what is checked.
+        content: also read every byte; otherwise presence and sizes only.
+    """
+    try:
+        files, _ = read_manifest(folder)
+    except ManifestError as error:
+        return [str(error)]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        found = pool.map(lambda item: _file_fault(folder, item[0], item[1], content), files.items())
+        return [problem for problem in found if problem is not None]
+
+
+def fault(folder: Path) -> str | None:
+    """The first thing that is wrong with a folder that should match its manifest; None when nothing is."""
+    return next(iter(faults(folder)), None)
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint folder's name; None for anything else."""
+    match = STEP.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
-    """Complete or broken checkpoint folders of a run, newest first."""
-    found = [p for p in (run_dir / "checkpoints").glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+    """Complete or broken checkpoint folders of a run, newest first: by the step in the name, never by a clock."""
+    found = [(step, p) for p in (run_dir / "checkpoints").glob("step-*") if (step := step_of(p)) is not None]
+    return [path for _, path in sorted(found, reverse=True) if path.is_dir()]
 
 
 def valid_checkpoints(run_dir: Path) -> Iterator[tuple[Path, str | None]]:
@@ -70,12 +162,12 @@ def resolve(path: str | Path) -> Path:
         if problem is not None:
             raise FileNotFoundError(f"{folder} is damaged: {problem}")
         return folder
-    faults = []
+    found = []
     for candidate, problem in valid_checkpoints(folder):
         if problem is None:
             return candidate
-        faults.append(f"{candidate.name}: {problem}")
-    tried = f"; broken checkpoints: {', '.join(faults)}" if faults else ""
+        found.append(f"{candidate.name}: {problem}")
+    tried = f"; broken checkpoints: {', '.join(found)}" if found else ""
     raise FileNotFoundError(
         f"{folder} is neither a model folder (config.json) nor a run directory with a valid checkpoint{tried}"
     )

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from modeling.decoder import MesokurtForCausalLM
 from training.accelerator import accumulation
 from training.expert_parallel import ExpertParallel
 from training.optim.exchange import Exchange
-from training.optim.layout import Layout
+from training.optim.layout import Layout, ShardedLayout
 from training.optim.routed import RoutedOptimizer
 from training.zero import Zero3, Zero12
 
@@ -155,6 +154,11 @@ class Engine:
         """Whether the flag is set on any rank: decisions to stop are taken together."""
         return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
 
+    def same(self, number: int) -> bool:
+        """Whether every rank has the same number."""
+        mean = self.mean(torch.tensor(float(number), dtype=torch.float64, device=self.device))
+        return not self.any(float(mean) != number)
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world_size > 1:
@@ -174,31 +178,50 @@ class Engine:
             for tensor in self.experts.held():
                 yield self.experts.optimizer, self.experts.layout, tensor
 
+    def whole_entries(self) -> dict[str, Tensor]:
+        """Keys of `whole_tensors` in its order, each with a meta tensor of its shape and type; without communication."""
+        entries = {}
+        for key, name, _, values in self._kept():
+            shape = values.shape if name is None else self.routes[name].shape
+            entries[key] = torch.empty(shape, dtype=values.dtype, device="meta")
+        return entries
+
     def whole_tensors(self) -> Iterator[tuple[str, Tensor | None]]:
         """`(key, tensor)` of parameters, persistent buffers (`model/NAME`) and states (`STATE/NAME`): whole on rank 0, None elsewhere.
 
-        Every rank must run through the whole iteration: each tensor is one collective when parameters are sharded.
+        A tensor may be the live one: copy it before anything trains on. Every rank must run through the whole iteration: each tensor is
+        one collective when parameters are sharded.
         """
-        for name, buffer in persistent_buffers(self.module).items():
-            yield f"model/{name}", buffer.detach().cpu().clone() if self.is_main else None
+        for key, name, layout, values in self._kept():
+            whole: Tensor | None = values
+            if name is not None:
+                whole = self._gathered(name, layout, values) if layout.sharded else values
+                whole = None if whole is None else whole.view(self.routes[name].shape)
+            yield key, whole if self.is_main else None
+
+    def _kept(self) -> Iterator[tuple[str, str | None, Layout, Tensor]]:
+        """Key, parameter (None: alike on every rank), and what this rank holds of the tensor: the whole, or the flat one with its part."""
+        buffers = persistent_buffers(self.module)
+        ordered = sorted(buffers, key=lambda name: (-buffers[name].element_size(), name))
+        wide = [name for name in ordered if buffers[name].element_size() > 4]
+        for name in wide:  # types by falling size, so that each value lies aligned in a file
+            yield f"model/{name}", None, self.optimizer.layout, buffers[name].detach()
         for optimizer, layout, tensor in self._shards():
             state = optimizer.state[tensor]
-            shaped = [("model", tensor.detach()), *((k, v) for k, v in state.items() if k != "step")]
-            here = {part.name: part for part in layout.slices(tensor)}
             for name in layout.parameters_in(tensor):
-                if "step" in state:
-                    yield f"step/{name}", state["step"].clone() if self.is_main else None
-                for key, values in shaped:
-                    part = here.get(name)
-                    flat = values.view(-1).to(self.device)
-                    local = (
-                        {name: flat[part.offset : part.offset + part.stop - part.start]} if part else {name: flat[:0]}
-                    )
-                    whole = Exchange(layout, [name], {name: 0}).to_owners(local, flat).get(name)
-                    yield (
-                        f"{key}/{name}",
-                        None if whole is None or not self.is_main else whole.view(self.routes[name].shape).cpu(),
-                    )
+                yield f"model/{name}", name, layout, tensor.detach()
+                for kind, values in state.items():
+                    yield f"{kind}/{name}", None if kind == "step" else name, layout, values
+        for name in ordered[len(wide) :]:
+            yield f"model/{name}", None, self.optimizer.layout, buffers[name].detach()
+
+    def _gathered(self, name: str, layout: Layout, values: Tensor) -> Tensor | None:
+        """The flat whole of a parameter (or of a state of its size) on the group's first rank, from every rank's part; None elsewhere."""
+        assert isinstance(layout, ShardedLayout)
+        start, stop = layout.range_of(name, layout.rank)
+        offset = layout.offsets[name]
+        local = values.view(-1)[offset : offset + stop - start].to(self.device)
+        return Exchange(layout, [name], {name: 0}).to_owners({name: local}, local).get(name)
 
     @torch.no_grad()
     def load_weights(self, read: Callable[[str], Tensor]) -> None:
@@ -215,20 +238,28 @@ class Engine:
         if self.zero is not None:
             self.zero.weights_changed()
 
-    def load_states(self, read: Any) -> None:
-        """Set optimizer states from `read(key) -> Tensor | None` (whole, keyed as by `whole_tensors`); each rank keeps its part."""
+    def load_states(self, keys: Collection[str], read: Callable[[str], Tensor]) -> None:
+        """Set optimizer states from whole ones, keyed as by `whole_tensors`; each rank keeps its part.
+
+        Args:
+            keys: `KIND/NAME` of all that can be read (`momentum`, `exp_avg`, ... of a parameter's shape; `step`, a scalar).
+            read: the whole tensor of one of these keys.
+        """
+        kinds = dict.fromkeys(key.partition("/")[0] for key in sorted(keys))
         for optimizer, layout, tensor in self._shards():
             state, names = optimizer.state[tensor], layout.parameters_in(tensor)
-            step = read(f"step/{names[0]}")  # one for all parameters of a tensor
-            if step is not None:
-                state["step"] = step.to(torch.float32)
-            for key in ("momentum", "exp_avg", "exp_avg_sq"):
-                if read(f"{key}/{names[0]}") is None:
+            for kind in kinds:
+                stored = [name for name in names if f"{kind}/{name}" in keys]
+                if not stored:
                     continue
-                state[key] = torch.zeros_like(tensor)  # also on a rank whose part of the tensor is padding only
+                if kind == "step":  # one for all parameters of a tensor
+                    state[kind] = read(f"{kind}/{stored[0]}").to(torch.float32)
+                    continue
+                state[kind] = torch.zeros_like(tensor)  # also on a rank whose part of the tensor is padding only
                 for part in layout.slices(tensor):
-                    target = state[key].view(-1)[part.offset : part.offset + part.stop - part.start]
-                    target.copy_(read(f"{key}/{part.name}").flatten()[part.start : part.stop])
+                    if part.name in stored:
+                        target = state[kind].view(-1)[part.offset : part.offset + part.stop - part.start]
+                        target.copy_(read(f"{kind}/{part.name}").flatten()[part.start : part.stop])
 
     def close(self) -> None:
         """Leave the process group."""

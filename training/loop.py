@@ -12,7 +12,8 @@ import torch
 
 from analysis.probes.base import Probe
 from configs.schema import RunConfig
-from training.checkpoint import Progress, save
+from training.checkpoint import Progress
+from training.checkpoint_writer import CheckpointWriter
 from training.data.loader import Loader, document_ids
 from training.data.store import TokenStore
 from training.engine import Engine
@@ -53,6 +54,8 @@ class Trainer:
         self.quantized = QuantizedLoss(self.config, self.engine, self.store)
         if self.quantized.obstacle and self.engine.is_main:
             print(f"no quantized loss during training: {self.quantized.obstacle}")
+        folder, tokenizer = self.run_dir.checkpoints, self.store.tokenizer_folder
+        self.writer = CheckpointWriter(self.engine, folder, tokenizer, self.config.checkpoint)
 
     def run(self) -> Progress:
         """Train from where `progress` stands to `train.steps`."""
@@ -66,11 +69,13 @@ class Trainer:
             self.count(index + 1, norm)
             row = self.measure(index + 1, norm)
             self.write(row)
-            stopping = self.engine.any(self.stop.requested)
+            self.writer.reserve()
+            stopping = self.engine.any(self.stop.requested or self.writer.failed)
             if stopping or self.due(index + 1, self.config.checkpoint.every):
                 self.save()
             if stopping:
                 break
+        self.writer.wait()
         return self.progress
 
     def forward_backward(self, index: int) -> None:
@@ -153,7 +158,5 @@ class Trainer:
             self.bar.show(whole)
 
     def save(self) -> None:
-        """Write a checkpoint of this moment."""
-        progress = replace(self.progress, unlogged=self.losses.reduced(), unlogged_steps=self.losses.steps)
-        keep = self.config.checkpoint.keep
-        save(self.engine, self.run_dir.checkpoints, progress, self.store.tokenizer_folder, keep)
+        """Begin a checkpoint of this moment; it is written while training goes on."""
+        self.writer.save(replace(self.progress, unlogged=self.losses.reduced(), unlogged_steps=self.losses.steps))

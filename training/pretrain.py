@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 
-from configs.errors import run_or_exit
+from configs.errors import UserError, run_or_exit
 from configs.loading import load_config
 from configs.schema import RunConfig
 from modeling.decoder import MesokurtForCausalLM
@@ -71,6 +71,10 @@ def pretrain(config: RunConfig, stop: StopSignal | None = None) -> Path:
     accelerator = start(config, ranks)
     engine = Engine(config, accelerator, model, optimizer)
     progress = load_training_state(checkpoint, engine) if checkpoint else Progress(0, 0)
+    if not engine.same(progress.step):
+        raise UserError(
+            f"run.dir {run_dir.path}: ranks found different checkpoints in it; it must be one folder that every host sees"
+        )
     if progress.step and main:
         print(f"resuming from {checkpoint} after step {progress.step}")
     if progress.step < config.train.steps:
@@ -113,6 +117,7 @@ def train(
     try:
         return trainer.run()
     finally:
+        trainer.writer.close()
         loader.close()
         bar.close()
         if log is not None:

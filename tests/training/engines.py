@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
 
 from configs.loading import config_from_tree
-from configs.schema import RunConfig
+from configs.schema import CheckpointSection, RunConfig
 from modeling.config import MesokurtConfig
 from modeling.decoder import MesokurtForCausalLM
 from training.accelerator import start
+from training.checkpoint import Progress
+from training.checkpoint_writer import CheckpointWriter
 from training.engine import Engine
 from training.objectives.next_token import NextToken
 from training.optim.muon import Muon
@@ -128,6 +131,14 @@ def train_step(
 def tensors_of(engine: Engine) -> dict[str, Tensor]:
     """Every whole tensor, on rank 0; a collective."""
     return {key: tensor.clone() for key, tensor in engine.whole_tensors() if tensor is not None}
+
+
+def save_checkpoint(engine: Engine, folder: Path, progress: Progress, tokenizer: Path, **settings: Any) -> Path:
+    """Save and wait; `settings` are those of the config's checkpoint section (overlapped, unless they say otherwise)."""
+    writer = CheckpointWriter(engine, folder, tokenizer, CheckpointSection(**{"every": 1, **settings}))
+    target = writer.save(progress)
+    writer.wait()
+    return target
 
 
 def dispose(engine: Engine) -> None:

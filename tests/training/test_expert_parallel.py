@@ -12,9 +12,18 @@ from configs.errors import ConfigError, UserError
 from modeling.decoder import MesokurtForCausalLM
 from tests.ranks import run_ranks
 from tests.tiny_run import tiny_config
-from tests.training.engines import Case, Trained, dispose, small_engine, small_model, tensors_of, train_step
+from tests.training.engines import (
+    Case,
+    Trained,
+    dispose,
+    save_checkpoint,
+    small_engine,
+    small_model,
+    tensors_of,
+    train_step,
+)
 from training.build import check_hooks
-from training.checkpoint import Progress, load_training_state, load_weights, save
+from training.checkpoint import Progress, load_training_state, load_weights
 from training.engine import Engine
 from training.expert_parallel import check_world
 from training.step_hooks import StepHooks
@@ -95,7 +104,7 @@ def on_ranks(cases: list[Case], root: Path) -> tuple[dict[Case, Trained], Traine
         return trained, None, {}
     engine = small_engine(SAVED, model=moe_model())
     run(engine, SAVED, 0, 10)
-    save(engine, root / "checkpoints", Progress(10, 0), root / "tokenizer", keep=1)
+    save_checkpoint(engine, root / "checkpoints", Progress(10, 0), root / "tokenizer", keep=1)
     dispose(engine)
     again = resumed(root / "checkpoints" / "step-00000010", RESUMED, 10, STEPS)
     return trained, again, {case: skipped(case) for case in (SAVED, RESUMED)}

@@ -19,10 +19,11 @@ from tests.training.engines import (
     Case,
     dispose,
     global_batch,
+    save_checkpoint,
     small_engine,
     small_model,
 )
-from training.checkpoint import Progress, load_training_state, load_weights, save
+from training.checkpoint import Progress, load_training_state, load_weights
 from training.engine import Engine
 from training.objectives.next_token import NextToken
 from training.step_hooks import StepHooks
@@ -92,7 +93,7 @@ def on_ranks(root: Path) -> dict[int, tuple[list[list[int]], list[list[int]], fl
         engine = counting_engine(stage)
         hooks, folder = trained(engine), root / str(stage) / "checkpoints"
         held, ranks = state(engine), float(hooks.late[0].ranks)
-        save(engine, folder, Progress(STEPS, 0), root / "tokenizer", keep=1)
+        save_checkpoint(engine, folder, Progress(STEPS, 0), root / "tokenizer", keep=1)
         dispose(engine)
         again = counting_engine(stage, 7, folder / f"step-{STEPS:08d}")
         load_training_state(folder / f"step-{STEPS:08d}", again)
