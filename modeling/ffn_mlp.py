@@ -16,7 +16,7 @@ class MLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = ResidualWriter(config.intermediate_size, config.hidden_size)
-        self.act_fn = build(KINDS["activation"], config.activation)
+        self.act_fn = build(KINDS["activation"], config.activation, width=config.intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to each position."""

@@ -24,6 +24,9 @@ ACTIVATIONS = {
     "gelu": ".activations:GELU",
     "relu": ".activations:ReLU",
     "relu2": ".activations:ReLU2",
+    "crrelu": ".activation_crrelu:CRReLU",
+    "jumprelu": ".activation_thresholds:JumpReLU",
+    "topk": ".activation_thresholds:TopK",
 }
 FFNS = {
     "swiglu": ".ffn_gated:GatedFFN",
@@ -69,7 +72,7 @@ KINDS = {
     kind.name: kind
     for kind in (
         HookKind("norm", NORMS, ("width", "eps"), "[..., D] -> [..., D]"),
-        HookKind("activation", ACTIVATIONS, (), "elementwise, any shape"),
+        HookKind("activation", ACTIVATIONS, ("width",), "[..., F] -> [..., F], each token by itself"),
         HookKind("ffn", FFNS, ("config", "layer"), "[B, T, D] -> [B, T, D], or (that, named auxiliary values)"),
         HookKind(
             "embedding",
