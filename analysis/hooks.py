@@ -7,6 +7,8 @@ from modeling.hooks import HookKind
 PROBES = {
     "kurtosis": "analysis.probes.kurtosis:Kurtosis",
     "activation_histogram": "analysis.probes.histogram:ActivationHistogram",
+    "width_pruning": "analysis.probes.pruning:WidthPruning",
+    "depth_pruning": "analysis.probes.pruning:DepthPruning",
 }
 
 PROBE = HookKind("probe", PROBES, (), "torchmetrics.Metric over tapped activations", base="analysis.probes.base:Probe")

@@ -17,6 +17,7 @@ COMMANDS = {
     "data": "prepare a run's tokenizer and token store",
     "evaluate": "perplexity in full precision and in 4 bits",
     "export": "write a checkpoint for stock transformers",
+    "convert": "make a mixture of experts of a dense checkpoint, optimizer state and all",
     "analyze": "probe a checkpoint, or test a config for rotation symmetry",
     "reproduce": "a paper's claim against what this machine measures",
     "checkpoint": "look into checkpoints, check them, or prove that a killed run loses nothing",

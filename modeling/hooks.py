@@ -47,6 +47,7 @@ INITIALIZERS = {
 }
 ROUTERS = {
     "topk": ".routers:TopK",
+    "residual": ".router_residual:ResidualTopK",
     "dense_to_sparse": ".routers_dense_to_sparse:DenseToSparse",
     "activation_dense_to_sparse": ".routers_dense_to_sparse:ActivationDenseToSparse",
 }

@@ -1,0 +1,67 @@
+"""`mesokurt convert CKPT --experts E --active k --out DIR`: a dense checkpoint becomes a mixture of experts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+EXAMPLE = "mesokurt convert runs/quickstart --experts 8 --active 4 --out runs/quickstart-moe"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to convert, how to cut it, and where to write."""
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="run directory (its newest valid checkpoint) or checkpoint folder"
+    )
+    parser.add_argument("--step", type=int, help="with a run directory: the checkpoint of this step")
+    parser.add_argument("--experts", type=int, required=True, help="routed experts E per layer")
+    parser.add_argument("--active", type=int, required=True, help="experts k that each token visits")
+    parser.add_argument(
+        "--shared", type=int, default=0, help="experts that every token visits: the most important neurons"
+    )
+    parser.add_argument(
+        "--scores",
+        choices=["contribution", "activation", "weight"],
+        default="contribution",
+        help="importance of a neuron: mean |h| times its column's norm, mean |h|, or its matrices' norms (no text needed)",
+    )
+    parser.add_argument(
+        "--partition",
+        choices=["snake", "coactivation", "random", "contiguous"],
+        default="snake",
+        help="snake: equal importance per expert; coactivation: neurons that fire on the same tokens together",
+    )
+    parser.add_argument(
+        "--upcycle",
+        choices=["copy"],
+        help="copy: every expert is the whole dense FFN (sparse upcycling) instead of a part of it",
+    )
+    parser.add_argument(
+        "--text", type=Path, help="UTF-8 text to measure neurons on (default: the run's own held-out rows)"
+    )
+    parser.add_argument("--rows", type=int, default=64, help="rows of text to measure on (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder to write (must not exist): a run directory that `mesokurt pretrain OUT/config.yaml` goes on with, "
+        "or a model folder when CKPT belongs to no run",
+    )
+
+
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """Convert; nothing is left behind when a step fails."""
+    from launch.conversion import Request, convert
+    from training.conversion import Cut
+
+    cut = Cut(arguments.experts, arguments.active, arguments.shared, arguments.upcycle == "copy")
+    request = Request(cut, arguments.scores, arguments.partition, arguments.text, arguments.rows)
+    result = convert(arguments.checkpoint, arguments.step, request, arguments.out)
+    print(
+        f"{result['out']}: {cut.experts} experts of {result['expert_width']} neurons, {cut.active} active, {cut.shared} shared: "
+        f"{result['active_neurons']} of {result['neurons']} neurons per token"
+    )
+    if result["config"]:
+        print(f"train on: mesokurt pretrain {result['config']}")
+    return result, 0

@@ -1,0 +1,50 @@
+"""The router of dense-to-expert conversion: zero scores leave every chosen expert at weight 1."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .hooks import HookError
+from .routers import Router
+
+
+class ResidualTopK(Router):
+    """Top k of the scores r(x); the chosen weigh `1 + r_e(x)`, not normalised (He et al. 2025, released code).
+
+    With a zero router and all experts active, a feed-forward layer that was cut into experts computes what it computed before. A zero
+    router with fewer active ones always takes the first k, and the others never learn: start it a little off zero.
+
+    Args:
+        width, experts, active, balance, z_loss, jitter, bias_rate: see `Router`; the balance loss sees softmax(r).
+        init_std: standard deviation of the initial scores' weights; 0: exactly zero.
+    """
+
+    paper = "arXiv 2512.02351"
+
+    def __init__(
+        self,
+        width: int,
+        experts: int,
+        active: int,
+        balance: float = 0.0,
+        z_loss: float = 0.0,
+        jitter: float = 0.0,
+        bias_rate: float = 0.0,
+        init_std: float = 1e-3,
+    ) -> None:
+        super().__init__(width, experts, active, balance, z_loss, jitter, bias_rate)
+        if not 0.0 <= init_std < math.inf:
+            raise HookError(f"init_std {init_std}: must be at least 0")
+        self.init_std = init_std
+
+    def initial_fill_(self, leaf: str, parameter: Tensor, generator: torch.Generator) -> None:
+        """Normal with standard deviation `init_std`."""
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * self.init_std)
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Top k of score + bias; the bias never enters the weights."""
+        experts = (logits + self.bias).topk(self.active, dim=-1).indices
+        return experts, 1.0 + logits.gather(-1, experts), logits.softmax(-1), None

@@ -1,0 +1,164 @@
+"""A checkpoint of a dense network -> one of a mixture of experts that training goes on from, on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from configs.errors import UserError
+from modeling.config import MesokurtConfig
+from modeling.folders import write_manifest
+from modeling.hooks import INNER_KINDS, build, inner_spec
+from modeling.initializers import keyed_generator
+from training.conversion import Cut, Groups, cut_tensor, moe_options
+
+FFN_TENSOR = re.compile(r"^(?P<state>(?:\w+/)?)(?P<layer>model\.layers\.(?P<index>\d+)\.mlp)\.(?P<leaf>.+)$")
+ROUTER_STATES = ("exp_avg", "exp_avg_sq")
+REWRITTEN = ("config.json", "model.safetensors", "optimizer.safetensors", "manifest.json")
+
+
+def cut_all(tensors: Iterable[tuple[str, Tensor]], groups: list[Groups]) -> dict[str, Tensor]:
+    """Tensors by name (`[STATE/]model.layers.N.mlp.LEAF` and others) with every FFN cut; step counters go to each new name."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        match = FFN_TENSOR.match(name)
+        if match is None:
+            result[name] = tensor
+            continue
+        layer = groups[int(match["index"])]
+        if match["state"] == "step/":
+            leaves = cut_tensor(match["leaf"], torch.empty(_shape_of(match["leaf"], layer)), layer)
+            parts = {leaf: tensor.clone() for leaf in leaves}
+        else:
+            parts = cut_tensor(match["leaf"], tensor, layer)
+        result |= {f"{match['state']}{match['layer']}.{leaf}": part for leaf, part in parts.items()}
+    return result
+
+
+def _shape_of(leaf: str, groups: Groups) -> tuple[int, int]:
+    """Any shape that can be cut like this matrix; only the names matter."""
+    neurons = int(groups.experts.max()) + 1 if not len(groups.shared) else groups.experts.numel() + len(groups.shared)
+    return (1, neurons) if leaf.startswith("down_proj") else (neurons, 1)
+
+
+def new_routers(config: MesokurtConfig, layers: int) -> dict[str, Tensor]:
+    """Fresh router weights and buffers by name, as the initializer would draw them from (seed, name)."""
+    options = config.ffn["options"]
+    tensors: dict[str, Tensor] = {}
+    for layer in range(layers):
+        router = build(
+            INNER_KINDS["router"],
+            inner_spec(options["router"]),
+            width=config.hidden_size,
+            experts=options["experts"],
+            active=options["active"],
+        )
+        prefix = f"model.layers.{layer}.mlp.router"
+        with torch.no_grad():
+            for leaf, parameter in router.named_parameters():
+                router.initial_fill_(leaf, parameter, keyed_generator(config.seed, f"{prefix}.{leaf}"))
+        tensors |= {f"{prefix}.{leaf}": value.detach().clone() for leaf, value in router.state_dict().items()}
+    return tensors
+
+
+def router_states(routers: dict[str, Tensor], states: dict[str, Tensor]) -> dict[str, Tensor]:
+    """AdamW's memory of routers that never stepped: zero moments, and the step count of everything else."""
+    steps = [value for name, value in states.items() if name.startswith("step/")]
+    found: dict[str, Tensor] = {}
+    for name, weight in routers.items():
+        if steps and not name.endswith((".bias", ".tau", ".hard")):
+            found |= {f"{key}/{name}": torch.zeros_like(weight) for key in ROUTER_STATES}
+            found[f"step/{name}"] = steps[0].clone()
+    return found
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def converted_config(folder: Path, cut: Cut) -> MesokurtConfig:
+    """The network's configuration after the cut.
+
+    Raises:
+        UserError: no network of this project, or one that cannot be cut.
+    """
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if saved.get("model_type") != MesokurtConfig.model_type:
+        raise UserError(
+            f"{folder}: a {saved.get('model_type')!r} model; only this project's own checkpoints can be converted"
+        )
+    config = MesokurtConfig.from_pretrained(folder)
+    config.ffn = moe_options(config.ffn, config.activation, int(config.intermediate_size), cut)
+    return config
+
+
+def convert_folder(
+    source: Path, target: Path, cut: Cut, group: Callable[[dict[str, Tensor], int], Groups]
+) -> MesokurtConfig:
+    """Write the converted checkpoint `target` (new) from `source`; its optimizer state and progress too, where there are any.
+
+    Args:
+        source: checkpoint or model folder of a dense network.
+        target: folder to create.
+        cut: how to cut every layer.
+        group: the layer's weights by leaf and its number -> which neurons go where.
+
+    Raises:
+        UserError: it cannot be read, cut or written; nothing is left at `target`.
+    """
+    config = converted_config(source, cut)
+    weights = _read(source / "model.safetensors")
+    layers = int(config.num_hidden_layers)
+    groups = [group(_leaves(weights, layer), layer) for layer in range(layers)]
+    routers = new_routers(config, layers)
+    partial = target.with_name(f".partial-{target.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*REWRITTEN))
+        config.save_pretrained(partial)
+        whole = cut_all(weights.items(), groups) | routers
+        save_file(whole, partial / "model.safetensors", metadata={"format": "pt"})
+        if (source / "optimizer.safetensors").is_file():
+            states = _read(source / "optimizer.safetensors")
+            converted = cut_all(states.items(), groups) | router_states(routers, states)
+            save_file(converted, partial / "optimizer.safetensors")
+        write_manifest(partial)
+        partial.rename(target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{target}: cannot be written ({error})") from None
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return config
+
+
+def _leaves(weights: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+    prefix = f"model.layers.{layer}.mlp."
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def describe(config: MesokurtConfig, cut: Cut) -> dict[str, Any]:
+    """Numbers of the converted network: neurons per token before and after."""
+    width = cut.expert_width(int(config.intermediate_size))
+    return {
+        "experts": cut.experts,
+        "active": cut.active,
+        "shared": cut.shared,
+        "expert_width": width,
+        "neurons": int(config.intermediate_size),
+        "active_neurons": (cut.active + cut.shared) * width,
+    }
