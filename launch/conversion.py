@@ -18,7 +18,7 @@ from analysis.probes.sites import find_taps, tapped
 from configs.errors import UserError
 from configs.loading import dump_config, load_config
 from configs.schema import HookSpec
-from launch.loading import held_out_rows, load_model, load_tokenizer, text_windows
+from launch.loading import calibration_rows, load_model
 from modeling.folders import checkpoints, resolve
 from training.conversion import Cut, Groups, Partition, group_neurons
 from training.conversion_checkpoint import convert_folder, converted_config, describe
@@ -64,20 +64,17 @@ def find_checkpoint(where: str, step: int | None) -> tuple[Path, Path | None]:
     return source, run if (run / "config.yaml").is_file() and source.parent.name == "checkpoints" else None
 
 
-def calibration_rows(request: Request, model: PreTrainedModel, source: Path, run: Path | None) -> Tensor:
-    """Tokens `[N, T]` to measure neurons on.
+def text_rows(request: Request, model: PreTrainedModel, source: Path, run: Path | None) -> Tensor:
+    """Tokens `[N, T]` to measure neurons on: of the text, else training rows of the run.
 
     Raises:
         UserError: no text is given and the checkpoint belongs to no run.
     """
-    if request.text is not None:
-        window = min(int(model.config.max_position_embeddings), 2048)
-        rows, _ = text_windows(load_tokenizer(str(source)), request.text, window)
-    elif run is not None:
-        rows, _ = held_out_rows(str(run), request.rows)
-    else:
-        raise UserError(f"{source} belongs to no run, so it has no held-out rows; give --text FILE or --scores weight")
-    return rows[: request.rows, :-1]
+    window = min(int(model.config.max_position_embeddings), 2048)
+    rows = calibration_rows(str(run or source), request.text, str(source), window, request.rows)
+    if rows is None:
+        raise UserError(f"{source} belongs to no run, so it has no training rows; give --text FILE or --scores weight")
+    return rows
 
 
 def activities(model: nn.Module, rows: Tensor) -> list[Tensor]:
@@ -108,7 +105,7 @@ def layer_groups(request: Request, source: Path, run: Path | None) -> Any:
     activity: list[Tensor] | None = None
     if request.needs_text:
         model, _ = load_model(str(source))
-        rows = calibration_rows(request, model, source, run)
+        rows = text_rows(request, model, source, run)
         if request.scores != "weight":
             probe = WidthPruning(max_tokens=2**31 - 1)
             for part in rows.split(8):

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="copy: every expert is the whole dense FFN (sparse upcycling) instead of a part of it",
     )
     parser.add_argument(
-        "--text", type=Path, help="UTF-8 text to measure neurons on (default: the run's own held-out rows)"
+        "--text", type=Path, help="UTF-8 text to measure neurons on (default: the run's first training rows)"
     )
     parser.add_argument("--rows", type=int, default=64, help="rows of text to measure on (default: %(default)s)")
     parser.add_argument(

@@ -30,7 +30,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def logits(folder: Path, tokens: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     with torch.no_grad():
-        return load_whole(resolve(folder)).to(dtype)(input_ids=tokens).logits
+        model: Any = load_whole(resolve(folder))
+        return model.to(dtype)(input_ids=tokens).logits
 
 
 TOKENS = torch.arange(64).view(2, 32) * 4 % 300
