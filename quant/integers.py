@@ -6,6 +6,7 @@ its group; only the dequantized result is cast back. Rounding is half-to-even (`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -91,23 +92,45 @@ def asymmetric_grid(x_groups: Tensor, bits: int, shrink: Tensor | float = 1.0) -
     return Grid(scale, (-lo / scale).round(), 0, top)
 
 
+@torch.no_grad()
 def quantize_symmetric(x: Tensor, bits: int, group: int | None = None, shrink: Tensor | float = 1.0) -> Quantized:
     """Signed codes of `[..., N]` by `symmetric_grid`; raises UserError when groups do not fit."""
     x_groups = in_groups(x, group)
     return symmetric_grid(x_groups, bits, shrink).quantize(x_groups, x.shape)
 
 
+@torch.no_grad()
 def quantize_asymmetric(x: Tensor, bits: int, group: int | None = None, shrink: Tensor | float = 1.0) -> Quantized:
     """Unsigned codes of `[..., N]` by `asymmetric_grid`; raises UserError when groups do not fit."""
     x_groups = in_groups(x, group)
     return asymmetric_grid(x_groups, bits, shrink).quantize(x_groups, x.shape)
 
 
+def _trained_through(x: Tensor, group: int | None, grid_of: Callable[[Tensor], Grid]) -> Tensor:
+    """The rounded values with a gradient: rounding counts as constant, scales as functions of `x` (Esser et al. 2020).
+
+    Value and gradient are those of x + s e, where the rounding error e in units of the scale s does not move.
+    """
+    x_groups = in_groups(x, group)
+    grid = grid_of(x_groups)
+    with torch.no_grad():
+        error = grid.codes(x_groups) - grid.zero - x_groups / grid.scale
+    return (x_groups + grid.scale * error).reshape(x.shape).to(x.dtype)
+
+
 def fake_symmetric(x: Tensor, bits: int, group: int | None = None) -> Tensor:
-    """`x` seen through the symmetric quantizer, same shape and dtype; 16 bits return `x` itself."""
-    return x if bits == FULL else quantize_symmetric(x, bits, group).dequantize(x.dtype)
+    """`x` seen through the symmetric quantizer, same shape and dtype, with a gradient; 16 bits return `x` itself."""
+    if bits == FULL:
+        return x
+    if x.requires_grad and torch.is_grad_enabled():
+        return _trained_through(x, group, lambda x_groups: symmetric_grid(x_groups, bits))
+    return quantize_symmetric(x, bits, group).dequantize(x.dtype)
 
 
 def fake_asymmetric(x: Tensor, bits: int, group: int | None = None) -> Tensor:
-    """`x` seen through the asymmetric quantizer, same shape and dtype; 16 bits return `x` itself."""
-    return x if bits == FULL else quantize_asymmetric(x, bits, group).dequantize(x.dtype)
+    """`x` seen through the asymmetric quantizer, same shape and dtype, with a gradient; 16 bits return `x` itself."""
+    if bits == FULL:
+        return x
+    if x.requires_grad and torch.is_grad_enabled():
+        return _trained_through(x, group, lambda x_groups: asymmetric_grid(x_groups, bits))
+    return quantize_asymmetric(x, bits, group).dequantize(x.dtype)

@@ -6,8 +6,9 @@ import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from configs.errors import UserError
@@ -18,10 +19,12 @@ from quant.fake_weights import rotate_ffn_out, round_weights
 from quant.gptq import GPTQSettings
 from quant.integers import Quantized
 from quant.layerwise import round_by_gptq
+from quant.learned_rotations import LearningSettings, learn_rotations
 from quant.perplexity import Rows
 from quant.restoring import restoring_parameters
 from quant.roles import ROLES, Role, find_sites, head_dim_of
-from quant.rotations import Kind, rotate
+from quant.rotations import Kind, checked_merge, fold_gains, merge, random_rotations
+from quant.stream import residual_stream
 from quant.weight_clip import WeightRule
 
 
@@ -33,16 +36,16 @@ class Method:
     summary: str
     hadamard: bool = False
     gptq: bool = False
-    rotation: Literal["none", "random"] = "none"
+    rotation: Literal["none", "random", "learned"] = "none"
 
     @property
     def calibrated(self) -> bool:
         """Whether calibration rows are needed."""
-        return self.gptq
+        return self.gptq or self.rotation == "learned"
 
     def weights_depend_on(self, bits: Bits) -> object:
         """Settings for which this is equal share their prepared weights."""
-        return bits.weights
+        return bits if self.rotation == "learned" else bits.weights
 
 
 # By growing effort; "gptq+hadamard" is the rung that Outlier-Safe Pre-Training calls GPTQ.
@@ -53,13 +56,19 @@ METHODS: Mapping[str, Method] = {
     "gptq+hadamard": Method("GPTQ weights, FFN hidden state rotated online", hadamard=True, gptq=True),
     "quarot+rtn": Method("QuaRot rotations, weights rounded to nearest", hadamard=True, rotation="random"),
     "quarot": Method("QuaRot rotations, GPTQ weights", hadamard=True, gptq=True, rotation="random"),
+    "spinquant+rtn": Method("learned rotations, weights rounded to nearest", hadamard=True, rotation="learned"),
+    "spinquant": Method("learned rotations, GPTQ weights", hadamard=True, gptq=True, rotation="learned"),
 }
 
 
 @dataclass(frozen=True)
 class Options:
-    """How weights are rounded, for every method: groups of inputs (None: a whole output channel), symmetric or not, clip
-    search, and GPTQ's damping and order of columns; calibration rows at a time; which random rotations, by which seed."""
+    """How a method does its work.
+
+    `group`, `symmetric`, `clip`: the integers of the weights (a scale per so many inputs; None: per output channel; clip
+    search); `gptq`: damping and order of columns; `batch_size`: calibration rows at a time; `rotation`, `seed`: which random
+    rotations; `learning`: how they are learned.
+    """
 
     group: int | None = None
     symmetric: bool = True
@@ -68,6 +77,7 @@ class Options:
     batch_size: int = 4
     rotation: Kind = "hadamard"
     seed: int = 0
+    learning: LearningSettings = field(default_factory=LearningSettings)
 
     def rule(self, bits: int) -> WeightRule:
         """The integers of the weights."""
@@ -76,12 +86,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was done to a model's weights, what has to run beside them, and where a layer got less than was asked."""
+    """What was done to a model's weights, what has to run beside them, where a layer got less than was asked, and for learned
+    rotations the objective (nats per token on the calibration rows) before and after."""
 
     method: str
     hadamard: bool
     notes: tuple[str, ...] = ()
     codes: Mapping[str, Quantized] = field(default_factory=dict)
+    objective: tuple[float, float] | None = None
 
 
 def method_of(name: str) -> Method:
@@ -91,6 +103,35 @@ def method_of(name: str) -> Method:
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UserError(f"unknown method '{name}': {hint}known: {', '.join(METHODS)}", exit_code=2)
     return METHODS[name]
+
+
+def _rotate_stream(
+    model: PreTrainedModel, chosen: Method, bits: Bits, rows: Rows | None, options: Options, roles: Mapping[str, Role]
+) -> tuple[float, float] | None:
+    """Fold the norm gains and merge R1 and R2, in place; the objective before and after where they are learned.
+
+    They are learned as the network will run, except that weights which GPTQ will round stay in 16 bits (SpinQuant, 4.3:
+    GPTQ moves them anyway), unless nothing else is rounded.
+    """
+    sites = find_sites(model, roles)
+    stream = residual_stream(model, sites)
+    rotations, objective = random_rotations(stream, options.rotation, options.seed), None
+    with checked_merge(model):
+        fold_gains(stream)
+        if chosen.rotation == "learned" and not bits.is_full:
+            later = chosen.gptq and not bits.activations == bits.kv == FULL
+            ffn_out = [(s.module, cast(nn.Parameter, s.module.weight)) for s in sites if s.role is Role.FFN_OUT]
+            rotate_ffn_out(sites)
+            with rounded_states(model, bits, chosen.hadamard, roles):
+                weight_bits = FULL if later else bits.weights
+                learned = learn_rotations(
+                    model, stream, sites, rotations, weight_bits, rows, options.learning, options.seed
+                )
+            for module, weight in ffn_out:
+                module.weight = weight
+            rotations, objective = learned.rotations, (learned.before, learned.after)
+        merge(stream, rotations)
+    return objective
 
 
 def prepare_weights(
@@ -112,8 +153,7 @@ def prepare_weights(
     sites, head_dim = find_sites(model, roles), head_dim_of(model)
     if chosen.hadamard:
         check_ffn_sizes(sites)
-    if chosen.rotation != "none":
-        rotate(model, sites, options.rotation, options.seed)
+    objective = None if chosen.rotation == "none" else _rotate_stream(model, chosen, bits, rows, options, roles)
     if chosen.hadamard:
         rotate_ffn_out(sites)
     codes: dict[str, Quantized] | None = {} if keep_codes else None
@@ -123,7 +163,7 @@ def prepare_weights(
             notes += round_by_gptq(model, sites, rows, rule, options.gptq, options.batch_size, codes)
     else:
         round_weights(sites, rule, codes)
-    return Prepared(method, chosen.hadamard, tuple(notes), codes or {})
+    return Prepared(method, chosen.hadamard, tuple(notes), codes or {}, objective)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ R^T from the left; norms commute with R once their gains are folded into the rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,8 +18,7 @@ from configs.errors import UserError
 from modeling.embeddings import orthogonal_
 from quant.hadamard import hadamard_transform
 from quant.restoring import exchange_weight
-from quant.roles import Site
-from quant.stream import Stream, gain_of, remove_gain, residual_stream
+from quant.stream import Stream, gain_of, remove_gain
 
 Kind = Literal["hadamard", "orthogonal"]
 # Largest logit difference relative to the largest logit that merging may cause, by the dtype of the weights.
@@ -138,16 +137,3 @@ class checked_merge:
                 f"{type(self.model).__name__}: merged rotations change its logits by {difference:.1e} (relative), so its residual "
                 "stream is not what it seems; use rtn, gptq or their +hadamard forms"
             )
-
-
-def rotate(model: PreTrainedModel, sites: Sequence[Site], kind: Kind, seed: int) -> Stream:
-    """Fold the norm gains and merge random R1 and R2 into `model`, in place; returns its residual stream.
-
-    Raises UserError for decoders whose residual stream cannot be rotated exactly, and where the logits change.
-    """
-    stream = residual_stream(model, sites)
-    rotations = random_rotations(stream, kind, seed)
-    with checked_merge(model):
-        fold_gains(stream)
-        merge(stream, rotations)
-    return stream
