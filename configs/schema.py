@@ -280,7 +280,11 @@ class ParallelSection(Section):
     expert: Positive = 1
     """Ranks that share the experts of a `moe` network, experts / this many on each; tokens travel to them. Needs zero_stage 0, 1 or 2."""
     timeout_seconds: Positive = 600
-    """How long a collective may wait for a peer."""
+    """How long a collective, of any process group, may wait for a peer that is alive."""
+    heartbeat_seconds: Positive = 30
+    """A rank of which nothing was heard for so long is dead: the others exit, for a restart."""
+    hang_seconds: Positive = 600
+    """A run in which no step, evaluation or checkpoint ends for so long hangs: all ranks write their stacks and exit, for a restart."""
 
     @model_validator(mode="after")
     def _expert_fits(self) -> ParallelSection:

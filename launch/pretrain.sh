@@ -9,6 +9,7 @@
 #   srun python launch/pretrain.sh ...                                  inside an allocation
 #
 # USR1 or TERM: the run saves and exits with 75; under SLURM the job is then requeued and resumes from its checkpoint.
+# A lost rank or a hang: the run is started again from its newest checkpoint, at most RESTARTS times (default 3; docs/multi_node.md).
 # CONTAINER='apptainer exec --nv image.sif' (or the like) runs the ranks of a SLURM job through that command.
 #
 #SBATCH --job-name=pretrain
@@ -66,14 +67,25 @@ start_locally() {
 }
 
 wait_for_ranks() { # sets rc; `wait` returns early whenever a trap runs
+  child=$!
+  if [ "$stopping" = 1 ]; then signal_ranks TERM; fi # a signal came between two starts
   while :; do
     wait "$child" && rc=0 || rc=$?
     kill -0 "$child" 2>/dev/null || break
   done
-  while ranks_left; do sleep 0.2; done # the deepspeed command can end before its ranks have saved
+  # The deepspeed command can end before its ranks have saved; after a failure there is nothing to save, and none may stay.
+  local patience=300
+  while ranks_left; do
+    sleep 0.2
+    if [ "$stopping" = 0 ] && [ $((patience -= 1)) -lt 0 ]; then signal_ranks KILL; fi
+  done
 }
 
-should_requeue() { # 75: saved and stopped; 137: a rank was killed from outside
+worth_a_restart() { # 76: a rank was lost or the run hung; above 128: a rank died of a signal
+  [ "$stopping" = 0 ] && { [ "$rc" = 76 ] || [ "$rc" -gt 128 ]; }
+}
+
+should_requeue() { # also 75: saved and stopped
   local restarts=${SLURM_RESTART_COUNT:-0} job
   job=$(scontrol show job "$SLURM_JOB_ID") || return 1
   case $job in
@@ -81,20 +93,20 @@ should_requeue() { # 75: saved and stopped; 137: a rank was killed from outside
     *JobState=COMPLETING*) case $job in *Reason=TimeLimit*) ;; *) return 1 ;; esac ;; # ended by SLURM: only the time limit deserves more
   esac
   if [ "$rc" = 75 ] || { [ "$stopping" = 1 ] && [ "$rc" != 0 ]; }; then [ "$restarts" -lt 20 ]; return; fi
-  [ "$rc" = 137 ] && [ "$restarts" -lt 3 ]
+  worth_a_restart && [ "$restarts" -lt "$max_restarts" ]
 }
 
 find_self
 use_project_venv
 if [ -n "${RANK:-}" ] && [ -n "${WORLD_SIZE:-}" ]; then exec python3 -u "$self" "$@"; fi # already a rank (--no_python)
-stopping=0 rc=0 child=""
-if in_slurm_allocation; then
-  start_in_slurm "$@"
-elif [ -n "${SLURM_STEP_ID:-}" ] && [ "${SLURM_STEP_NUM_TASKS:-1}" -gt 1 ]; then
+stopping=0 rc=0 child="" restarts=0 max_restarts=${RESTARTS:-3}
+case $max_restarts in *[!0-9]*) die "RESTARTS is '$max_restarts', not a number" ;; esac
+if ! in_slurm_allocation && [ -n "${SLURM_STEP_ID:-}" ] && [ "${SLURM_STEP_NUM_TASKS:-1}" -gt 1 ]; then
   exec python3 -u "$self" "$@" # srun bash launch/pretrain.sh: already a rank
-else
-  start_locally "$@"
 fi
+start=start_locally
+if in_slurm_allocation; then start=start_in_slurm; fi
+"$start" "$@"
 child=$!
 trap "stopping=1; signal_ranks TERM" TERM INT
 trap "stopping=1; signal_ranks USR1" USR1
@@ -103,6 +115,12 @@ if in_slurm_allocation && should_requeue; then
   printf 'pretrain.sh: exit code %s, requeueing job %s\n' "$rc" "$SLURM_JOB_ID"
   scontrol requeue "$SLURM_JOB_ID" && sleep 60 # until SLURM ends this script
 fi
+while ! in_slurm_allocation && worth_a_restart && [ "$restarts" -lt "$max_restarts" ]; do
+  restarts=$((restarts + 1))
+  printf 'pretrain.sh: exit code %s, restart %s of %s\n' "$rc" "$restarts" "$max_restarts" >&2
+  "$start" "$@"
+  wait_for_ranks
+done
 exit "$rc"
 : <<'pass'
 '''

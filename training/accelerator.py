@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch.distributed import distributed_c10d
 
 from configs.errors import UserError
 from configs.schema import RunConfig
@@ -90,6 +91,8 @@ def start(config: RunConfig, ranks: RankEnvironment) -> Accelerator:
     """
     stage = zero_stage(config, ranks)
     timeout = timedelta(seconds=config.parallel.timeout_seconds)
+    # DeepSpeed opens groups of its own and gives them no timeout; they get torch's default, half an hour.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     on_cpu = not torch.cuda.is_available()
     backend = "gloo" if on_cpu else "nccl"  # by itself, accelerate sees none on a CPU host and calls every rank 0
     handlers: list[Any] = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if ranks.world_size > 1 else []

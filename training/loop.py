@@ -25,6 +25,7 @@ from training.progress import ProgressBar
 from training.run_directory import RunDirectory
 from training.signals import StopSignal
 from training.step_hooks import StepHooks
+from training.watchdog import Watchdog
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Trainer:
     probes: list[tuple[Probe, int | None]]
     progress: Progress
     stop: StopSignal
+    watchdog: Watchdog
     flops_per_token: float
     peak_flops: float
     _timed_steps: int = 0
@@ -67,12 +69,15 @@ class Trainer:
             norm = self.engine.step()
             self.step_hooks.after(norm)
             self.count(index + 1, norm)
+            self.watchdog.progress()
             row = self.measure(index + 1, norm)
             self.write(row)
+            self.watchdog.progress()
             self.writer.reserve()
             stopping = self.engine.any(self.stop.requested or self.writer.failed)
             if stopping or self.due(index + 1, self.config.checkpoint.every):
                 self.save()
+                self.watchdog.progress()
             if stopping:
                 break
         self.writer.wait()

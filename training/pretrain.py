@@ -38,6 +38,7 @@ from training.rendezvous import RankEnvironment, export_rank_environment, read_r
 from training.run_directory import RunDirectory
 from training.signals import REQUEUE_EXIT_CODE, StopSignal
 from training.throughput import flops_per_token, matmul_rate
+from training.watchdog import Watchdog
 
 DEFAULT_CONFIG = "quickstart"
 
@@ -68,17 +69,18 @@ def pretrain(config: RunConfig, stop: StopSignal | None = None) -> Path:
         (run_dir.path / "receipt.txt").write_text(receipt(routes) + "\n")
         describe(config, model, ranks, receipt(routes))
 
-    accelerator = start(config, ranks)
-    engine = Engine(config, accelerator, model, optimizer)
-    progress = load_training_state(checkpoint, engine) if checkpoint else Progress(0, 0)
-    if not engine.same(progress.step):
-        raise UserError(
-            f"run.dir {run_dir.path}: ranks found different checkpoints in it; it must be one folder that every host sees"
-        )
-    if progress.step and main:
-        print(f"resuming from {checkpoint} after step {progress.step}")
-    if progress.step < config.train.steps:
-        progress = train(config, engine, store, run_dir, progress, stop or StopSignal())
+    with Watchdog(run_dir.path, ranks, config.parallel) as watchdog:
+        engine = Engine(config, start(config, ranks), model, optimizer)
+        watchdog.connect()
+        progress = load_training_state(checkpoint, engine) if checkpoint else Progress(0, 0)
+        if not engine.same(progress.step):
+            raise UserError(
+                f"run.dir {run_dir.path}: ranks found different checkpoints in it; it must be one folder that every host sees"
+            )
+        if progress.step and main:
+            print(f"resuming from {checkpoint} after step {progress.step}")
+        if progress.step < config.train.steps:
+            progress = train(config, engine, store, run_dir, progress, stop or StopSignal(), watchdog)
     engine.close()
     if main and progress.step == config.train.steps:
         finish(config, store)
@@ -86,7 +88,13 @@ def pretrain(config: RunConfig, stop: StopSignal | None = None) -> Path:
 
 
 def train(
-    config: RunConfig, engine: Engine, store: TokenStore, run_dir: RunDirectory, progress: Progress, stop: StopSignal
+    config: RunConfig,
+    engine: Engine,
+    store: TokenStore,
+    run_dir: RunDirectory,
+    progress: Progress,
+    stop: StopSignal,
+    watchdog: Watchdog,
 ) -> Progress:
     """Build the loop's parts and run it; returns where it stopped."""
     sampler_spec = {"name": config.data.sampler.name, "options": config.data.sampler.options}
@@ -111,6 +119,7 @@ def train(
         probes=build_probes(config),
         progress=progress,
         stop=stop,
+        watchdog=watchdog,
         flops_per_token=flops_per_token(engine.module, engine.module.config),
         peak_flops=matmul_rate(engine.device, dtype),
     )

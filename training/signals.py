@@ -6,6 +6,7 @@ import signal
 from types import FrameType
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL: saved, start me again
+RESTART_EXIT_CODE = 76  # EX_PROTOCOL: a rank was lost or the run hung; start me again from the newest checkpoint
 
 
 class StopSignal:

@@ -1,8 +1,8 @@
 """Stands in for training.pretrain where the launch script is under test: says who it is, and stops the way a run does.
 
 It is copied into a temporary project and never imported from here. `--seconds S` runs that long, `--collective` adds
-up the ranks. Files go to $STAND_IN_OUT: `rank-R.jsonl` gets a line per start of rank R; `saved-R` says that a signal
-stopped it, `done-R` that it finished.
+up the ranks, `--die` kills rank 1 as the kernel does when memory runs out. Files go to $STAND_IN_OUT: `rank-R.jsonl`
+gets a line per start of rank R; `saved-R` says that a signal stopped it, `done-R` that it finished.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def main() -> None:
         record["sum"] = _sum_of_ranks()
     with (out / f"rank-{rank}.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
+    if "--die" in sys.argv and rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
     seconds = float(sys.argv[sys.argv.index("--seconds") + 1]) if "--seconds" in sys.argv else 0.0
     end = time.monotonic() + (0.0 if record["restarts"] else seconds)  # a restarted run has only a little left to do
     while time.monotonic() < end:

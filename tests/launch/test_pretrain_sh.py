@@ -142,3 +142,20 @@ def test_failure_of_the_run_is_the_exit_code_of_the_script(script: Path, tmp_pat
     )
     assert result.returncode == 1
     assert "could not convert string to float: 'soon'" in result.stderr
+
+
+@pytest.mark.distributed
+def test_a_killed_rank_is_started_again_a_bounded_number_of_times(script: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    env = launch_environment(out, NPROC="2", RESTARTS="1")
+    command: list[str | Path] = ["bash", script, "--die", "--seconds", "30"]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode > 128, result.stdout + result.stderr
+    assert "restart 1 of 1" in result.stderr
+    assert (len(starts(out, 0)), len(starts(out, 1))) == (2, 2)
+
+
+def test_a_wrong_number_of_restarts_is_told_before_anything_starts(script: Path, tmp_path: Path) -> None:
+    env = launch_environment(tmp_path / "out", RESTARTS="many")
+    result = subprocess.run(["bash", script], env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (2, "pretrain.sh: RESTARTS is 'many', not a number\n")

@@ -1,0 +1,60 @@
+"""Objectives of runs that go wrong on one rank, for tests of what the other ranks then do."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import distributed_c10d
+
+from configs.errors import UserError
+from training.objectives.loss import Loss
+from training.objectives.next_token import NextToken
+
+
+class _FromThirdStep(NextToken):
+    """Goes wrong on rank 1, or on a single process, from the third step on (one micro-batch a step)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
+        self.calls += 1
+        if self.calls >= 3 and os.environ.get("RANK", "1") == "1":
+            self.go_wrong()
+        return super().__call__(model, batch)
+
+    def go_wrong(self) -> Any:
+        """What happens then."""
+        raise NotImplementedError
+
+
+class StandsStill(_FromThirdStep):
+    """Never comes back, as a dead lock or a lost disk would not."""
+
+    def go_wrong(self) -> None:
+        """Wait for ever."""
+        while True:
+            time.sleep(1.0)
+
+
+class Fails(_FromThirdStep):
+    """A mistake that a restart would repeat."""
+
+    def go_wrong(self) -> None:
+        """Raise what a user can mend."""
+        raise UserError("the third batch is not edible")
+
+
+class TellsTimeouts(_FromThirdStep):
+    """Says how long collectives of the process groups would wait."""
+
+    def go_wrong(self) -> None:
+        """Raise the answer."""
+        groups = distributed_c10d._world.pg_map
+        timeouts = {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
+        raise UserError(f"{'several groups' if len(groups) > 1 else 'one group'}, timeouts {sorted(timeouts)}")

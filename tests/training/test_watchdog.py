@@ -1,0 +1,129 @@
+"""A run that lost a rank or stands still ends on every rank, within bounds, with stacks and with a code that launchers restart."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from benchmarks.warm_ranks import start_ranks
+from tests.tiny_run import tiny_yaml
+from training.metrics import read_metrics
+from training.signals import RESTART_EXIT_CODE
+from training.watchdog import is_peer_loss
+
+pytestmark = pytest.mark.distributed
+ENDLESS = ["train.steps=100000", "train.log_every=1", "eval.bits=[]", "export.formats=[]"]
+BOUND_S = 40.0  # waits below are for seconds; the rest is for a busy machine
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("watchdog")
+
+
+class Run:
+    """Two ranks of a run without end below `folder/name`."""
+
+    def __init__(self, folder: Path, name: str, *overrides: str) -> None:
+        self.dir, self.log = folder / name, folder / f"{name}.log"
+        arguments = ["--config", str(tiny_yaml(folder)), *ENDLESS, f"run.dir={self.dir}", *overrides]
+        self.ranks: list[ForkServerProcess] = start_ranks(2, arguments, self.log)
+
+    def wait_for_steps(self, count: int) -> None:
+        """Wait until that many steps are logged."""
+        end = time.monotonic() + BOUND_S
+        while len(read_metrics(self.dir / "metrics.jsonl")) < count:
+            assert time.monotonic() < end, self.log.read_text()
+            time.sleep(0.05)
+
+    def exit_codes(self) -> list[int | None]:
+        """Wait for the ends of both; what still runs after the bound shows as None and is killed."""
+        end = time.monotonic() + BOUND_S
+        for rank in self.ranks:
+            rank.join(max(0.0, end - time.monotonic()))
+        codes = [rank.exitcode for rank in self.ranks]
+        for rank in self.ranks:
+            rank.kill()
+        return codes
+
+    def stacks(self) -> list[str]:
+        """What each rank wrote down."""
+        return [(self.dir / "stacks" / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
+
+
+def _signal(rank: ForkServerProcess, number: int) -> None:
+    assert rank.pid is not None
+    os.kill(rank.pid, number)
+
+
+@pytest.mark.parametrize(("stage", "victim"), [(0, 1), (1, 0)])
+def test_a_killed_rank_ends_the_others_at_once(stage: int, victim: int, folder: Path) -> None:
+    """Long before the heartbeat's 30 s: the connection breaks."""
+    run = Run(folder, f"killed-{stage}-{victim}", f"parallel.zero_stage={stage}")
+    run.wait_for_steps(2)
+    _signal(run.ranks[victim], signal.SIGKILL)
+    begin = time.monotonic()
+    assert run.exit_codes()[1 - victim] == RESTART_EXIT_CODE, run.log.read_text()
+    assert time.monotonic() - begin < 20
+    assert "Traceback" not in run.log.read_text()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_rank_is_found_by_its_missing_beats_and_ended(victim: int, folder: Path) -> None:
+    """Nothing closes and the collective may wait for ten minutes; also the stopped rank tells where it was."""
+    run = Run(folder, f"stopped-{victim}", "parallel.heartbeat_seconds=2")
+    run.wait_for_steps(2)
+    _signal(run.ranks[victim], signal.SIGSTOP)
+    codes = run.exit_codes()
+    assert codes[1 - victim] == RESTART_EXIT_CODE, run.log.read_text()
+    assert codes[victim] is not None, "the stopped rank is still there"
+    assert all("loop.py" in stack for stack in run.stacks())
+
+
+def test_ranks_that_stand_still_write_their_stacks_and_end(folder: Path) -> None:
+    run = Run(folder, "still", "parallel.hang_seconds=6", "train.objective=tests.training.misbehaving:StandsStill")
+    assert run.exit_codes() == [RESTART_EXIT_CODE, RESTART_EXIT_CODE], run.log.read_text()
+    waiting, hung = run.stacks()
+    assert "go_wrong" in hung
+    assert "go_wrong" not in waiting
+    assert "loop.py" in waiting
+    assert "parallel.hang_seconds" in run.log.read_text()
+
+
+def test_a_mistake_on_one_rank_is_the_exit_code_of_all(folder: Path) -> None:
+    """No restart would help, so no rank may claim that one would."""
+    run = Run(folder, "fails", "train.objective=tests.training.misbehaving:Fails")
+    assert run.exit_codes() == [1, 1], run.log.read_text()
+    assert "the third batch is not edible" in run.log.read_text()
+    assert "Traceback" not in run.log.read_text()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_every_group_that_deepspeed_opens_has_the_timeout(stage: int, folder: Path) -> None:
+    """Left alone, its own groups would wait for half an hour."""
+    objective = "train.objective=tests.training.misbehaving:TellsTimeouts"
+    run = Run(folder, f"groups-{stage}", objective, "parallel.timeout_seconds=77", f"parallel.zero_stage={stage}")
+    assert run.exit_codes() == [1, 1], run.log.read_text()
+    assert "several groups, timeouts [77.0]" in run.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:44"), True),
+        (RuntimeError("Timed out waiting 10000ms for recv operation to complete"), True),
+        (dist.DistBackendError("NCCL communicator was aborted on rank 0."), True),
+        (dist.DistNetworkError("The client socket has timed out after 60000ms"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), False),
+        (ValueError("Connection closed by peer"), False),
+        (None, False),
+    ],
+)
+def test_what_counts_as_a_lost_peer(error: Exception | None, lost: bool) -> None:
+    assert is_peer_loss(error) is lost

@@ -1,0 +1,186 @@
+"""Ranks that know of each other's death: a beat from every rank, one verdict for all of them.
+
+A killed process closes its connections and its peers see it at once. A host without power or network, and a stopped process, close nothing:
+without beats the others wait in a collective for as long as the slowest honest collective may take. Beats go through the store that
+torch's rendezvous left behind, on a connection of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from training.signals import RESTART_EXIT_CODE
+
+VERDICT = "verdict"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why all ranks end, and how.
+
+    Attributes:
+        text: one line for people.
+        exit_code: what every rank exits with.
+        stacks: whether each rank writes down where it was.
+        silent: ranks of which nothing was heard.
+    """
+
+    text: str
+    exit_code: int
+    stacks: bool
+    silent: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process as the others of its host know it; host names and clocks play no part."""
+
+    host: str
+    pid: int
+    created: float
+
+    @classmethod
+    def this(cls) -> Process:
+        """The calling process."""
+        boot = Path("/proc/sys/kernel/random/boot_id")
+        numbering = Path("/proc/self/ns/pid")  # containers of one machine number their processes apart
+        host = f"{boot.read_text().strip() if boot.exists() else ''}:{numbering.stat().st_ino if numbering.exists() else 0}"
+        return cls(host, os.getpid(), psutil.Process().create_time())
+
+    def kill(self, seconds_to_dump: float) -> None:
+        """End this process, if it is on the caller's host and still the same one; before that, let it write its stacks.
+
+        A stopped process gets SIGUSR2 (see `training.watchdog`) as soon as it is continued.
+        """
+        if self.host != Process.this().host or self.pid == os.getpid():
+            return
+        try:
+            process = psutil.Process(self.pid)
+            if process.create_time() == self.created:
+                process.send_signal(signal.SIGUSR2)
+                process.resume()
+                process.wait(seconds_to_dump)
+        except psutil.TimeoutExpired:
+            process.kill()
+        except psutil.Error:
+            return  # it is gone already
+
+
+class Heartbeat:
+    """A thread that says "here" for this rank and hears what was decided; making one is a collective.
+
+    Rank 0 looks at all beats and decides who is silent; every other rank only has to hear from rank 0's store.
+
+    Args:
+        seconds: a rank is silent when its beats have stopped for so long.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.seconds, self.interval = seconds, min(3.0, seconds / 10)
+        members: list[tuple[Process, str]] = [(Process.this(), "")] * self.world_size
+        dist.all_gather_object(members, (Process.this(), secrets.token_hex(8)))
+        self.processes = [process for process, _ in members]
+        # Under a name of this start's own: a store that outlives the ranks may hold an earlier start's verdict.
+        self.store = dist.PrefixStore(f"heartbeat/{members[0][1]}", distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
+        self._keys = [f"beat/{rank}" for rank in range(self.world_size)]
+        self.store.add(self._keys[self.rank], 1)
+        dist.barrier()
+        self.verdict: Verdict | None = None
+        self.heard = time.monotonic()
+        self._changed = [self.heard] * self.world_size
+        self._counts = [b""] * self.world_size
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._ended.wait(self.interval):
+            try:
+                self._exchange()
+            except RuntimeError:  # the store went down with rank 0
+                if not self._ended.is_set():
+                    self.verdict = self._lost("its connection closed")
+                return
+
+    def _exchange(self) -> None:
+        self.store.add(self._keys[self.rank], 1)
+        self.heard = time.monotonic()
+        if self.store.check([VERDICT]):
+            self.verdict = _read(self.store.get(VERDICT))
+        elif self.rank == 0:
+            self._look_at_all()
+
+    def _look_at_all(self) -> None:
+        now = time.monotonic()
+        for rank, count in enumerate(self.store.multi_get(self._keys)):
+            if count != self._counts[rank]:
+                self._counts[rank], self._changed[rank] = count, now
+        silent = [rank for rank, changed in enumerate(self._changed) if now - changed > self.seconds]
+        if silent:
+            text = f"nothing was heard from rank {', '.join(map(str, silent))} for {self.seconds:g} s"
+            self._tell(Verdict(text, RESTART_EXIT_CODE, True, tuple(silent)))
+
+    def judge(self) -> Verdict | None:
+        """The verdict that was heard, or this rank's own when rank 0 has been silent for too long; never blocks."""
+        if self.verdict is None and time.monotonic() - self.heard > self.seconds:
+            return self._lost(f"nothing was heard from it for {self.seconds:g} s")
+        return self.verdict
+
+    def forgive(self, seconds: float) -> None:
+        """Leave out a time during which this process did not run."""
+        self.heard += seconds
+
+    def _lost(self, how: str) -> Verdict:
+        return Verdict(f"rank {self.rank} lost rank 0 ({how})", RESTART_EXIT_CODE, True, (0,))
+
+    def _tell(self, verdict: Verdict) -> None:
+        self.verdict = _read(self.store.compare_set(VERDICT, "", json.dumps(asdict(verdict))))
+
+    def tell(self, verdict: Verdict, timeout_s: float = 2.0) -> Verdict:
+        """Give a verdict to all ranks; returns the one that stands, which is the first. Waits no longer than `timeout_s`."""
+        if self.verdict is None:
+            bounded(lambda: self._tell(verdict), timeout_s)
+        return self.verdict or verdict
+
+    def wait_until_heard(self) -> None:
+        """Rank 0's process holds the store: let the other ranks hear the verdict before it exits."""
+        if self.rank == 0:
+            time.sleep(self.interval + 1.0)
+
+    def end(self) -> None:
+        """Stop beating; a collective, after which no rank misses another."""
+        dist.barrier()  # until the last rank is here, beats go on
+        self._ended.set()
+        self._thread.join(timeout=2 * self.interval)
+        dist.barrier()
+
+
+def bounded(action: Callable[[], object], timeout_s: float) -> None:
+    """Try something that may fail or block for ever."""
+
+    def attempt() -> None:
+        with contextlib.suppress(RuntimeError):
+            action()
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+
+
+def _read(text: bytes) -> Verdict:
+    fields = json.loads(text)
+    return Verdict(**{**fields, "silent": tuple(fields["silent"])})
