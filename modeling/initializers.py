@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -86,12 +87,21 @@ class ScaledNormal(LecunNormal):
             super().fill_(name, parameter, module, generator)
 
 
-@torch.no_grad()
-def fill_parameters(model: nn.Module, config: MesokurtConfig) -> None:
-    """Fill every parameter of `model` that transformers has not loaded from a file already."""
+def parameter_filler(model: nn.Module, config: MesokurtConfig) -> Callable[[str, Tensor], None]:
+    """A function `(name, tensor) -> None` that fills a tensor with the initial value of the parameter of that name in `model`."""
     initializer = build(KINDS["initializer"], config.initializer, config=config)
     modules = dict(model.named_modules())
+
+    @torch.no_grad()
+    def fill(name: str, tensor: Tensor) -> None:
+        initializer.fill_(name, tensor, modules[name.rpartition(".")[0]], keyed_generator(config.seed, name))
+
+    return fill
+
+
+def fill_parameters(model: nn.Module, config: MesokurtConfig) -> None:
+    """Fill every parameter of `model` that transformers has not loaded from a file already."""
+    fill = parameter_filler(model, config)
     for name, parameter in model.named_parameters():
-        if parameter.is_meta or getattr(parameter, "_is_hf_initialized", False):
-            continue
-        initializer.fill_(name, parameter, modules[name.rpartition(".")[0]], keyed_generator(config.seed, name))
+        if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)):
+            fill(name, parameter)

@@ -83,6 +83,13 @@ def deepspeed_settings(config: RunConfig, stage: int, accumulate: int) -> dict[s
     }
 
 
+def partition(config: RunConfig, ranks: RankEnvironment) -> dict[str, Any] | None:
+    """Settings by which the network is built in pieces: DeepSpeed's under ZeRO-3, else None."""
+    if zero_stage(config, ranks) != 3:
+        return None
+    return deepspeed_settings(config, 3, accumulation(config, ranks.world_size))
+
+
 def start(config: RunConfig, ranks: RankEnvironment) -> Accelerator:
     """Open the process group and the accelerator; with ZeRO, DeepSpeed underneath.
 

@@ -16,6 +16,7 @@ from training.hooks import OBJECTIVE, OPTIMIZER, SAMPLER, SCHEDULE
 from training.optim.routed import AdamSettings, RoutedOptimizer
 from training.optim.routing import Route, route
 from training.optim.schedules import Schedule
+from training.partitioned import partitioned_model
 
 
 def _spec(hook: HookSpec) -> dict[str, Any]:
@@ -67,9 +68,15 @@ def model_config(config: RunConfig, eod_id: int | None = None) -> MesokurtConfig
     )
 
 
-def build_model(config: RunConfig, eod_id: int | None = None) -> MesokurtForCausalLM:
-    """A freshly initialized network; its weights depend only on (run.seed, parameter name)."""
-    model = MesokurtForCausalLM(model_config(config, eod_id))
+def build_model(
+    config: RunConfig, eod_id: int | None = None, partition: dict[str, Any] | None = None
+) -> MesokurtForCausalLM:
+    """A freshly initialized network; its weights depend only on (run.seed, parameter name).
+
+    With `partition` (DeepSpeed's settings of ZeRO-3) no rank ever holds the whole of it.
+    """
+    shape = model_config(config, eod_id)
+    model = MesokurtForCausalLM(shape) if partition is None else partitioned_model(shape, partition)
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

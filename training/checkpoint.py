@@ -19,9 +19,8 @@ from torch import Tensor
 
 from configs.errors import UserError
 from modeling.config import MesokurtConfig
-from modeling.decoder import MesokurtForCausalLM
 from modeling.folders import valid_checkpoints
-from training.engine import Engine, persistent_buffers
+from training.engine import Engine
 from training.random_state import restore_random_state
 
 logger = logging.getLogger("mesokurt")
@@ -81,23 +80,31 @@ def _same_kind(stored: Tensor, wanted: Tensor, what: str) -> Tensor:
     return stored
 
 
-def load_weights(folder: Path, model: MesokurtForCausalLM) -> None:
-    """Copy the checkpoint's weights and persistent buffers into a model on the CPU (before the engine shards it).
+def _kind(stored: Any, name: str) -> Tensor:
+    """A meta tensor of the shape and type that an open file says, without reading the values."""
+    part = stored.get_slice(name)
+    shape = part.get_shape()
+    return torch.empty(shape, dtype=(part[:0] if shape else stored.get_tensor(name)).dtype, device="meta")
+
+
+def load_weights(folder: Path, engine: Engine) -> None:
+    """Give the engine the checkpoint's weights and persistent buffers, one tensor at a time.
 
     Raises:
         UserError: names, shapes, types or the file do not fit.
     """
-    parameters = {**dict(model.named_parameters()), **persistent_buffers(model)}
+    wanted = engine.weight_entries()
+    what = f"checkpoint {folder}: model.safetensors cannot be used"
     try:
-        with safe_open(folder / "model.safetensors", framework="pt") as stored, torch.no_grad():
-            missing = set(parameters) ^ set(stored.keys())
+        with safe_open(folder / "model.safetensors", framework="pt") as stored:
+            missing = wanted.keys() ^ set(stored.keys())
             if missing:
                 raise UserError(
                     f"checkpoint {folder}: parameters do not match the config: {', '.join(sorted(missing)[:3])}"
                 )
-            for name, parameter in parameters.items():
-                what = f"checkpoint {folder}: model.safetensors cannot be used: {name}"
-                parameter.copy_(_same_kind(stored.get_tensor(name), parameter, what))
+            for name, entry in wanted.items():  # before anything moves, and by every rank
+                _same_kind(_kind(stored, name), entry, f"{what}: {name}")
+            engine.load_weights(stored.get_tensor)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"checkpoint {folder}: model.safetensors cannot be read ({error})") from None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from training.expert_parallel import ExpertParallel
 from training.optim.exchange import Exchange
 from training.optim.layout import Layout, ShardedLayout
 from training.optim.routed import RoutedOptimizer
+from training.optim.routing import whole_shape
 from training.zero import Zero3, Zero12
 
 
@@ -57,6 +59,7 @@ class Engine:
         if config.train.dtype == "bf16":
             model.forward = torch.autocast(self.device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
         self.routes = dict(optimizer.routes)
+        self.frozen = {name: p for name, p in model.named_parameters() if name not in self.routes}
         spread = config.parallel.expert if self.world_size > 1 else 1
         self.experts = ExpertParallel(model, optimizer, spread) if spread > 1 else None
         self.model: nn.Module
@@ -178,11 +181,23 @@ class Engine:
             for tensor in self.experts.held():
                 yield self.experts.optimizer, self.experts.layout, tensor
 
+    def weight_entries(self) -> dict[str, Tensor]:
+        """Every parameter, trained or frozen, and persistent buffer by name, as a meta tensor of its whole shape and type."""
+        shapes = {name: (self._whole_shape(name, p), p.dtype) for name, p in self.module.named_parameters()}
+        shapes |= {name: (tuple(b.shape), b.dtype) for name, b in persistent_buffers(self.module).items()}
+        return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
+
+    def _whole_shape(self, name: str, parameter: Tensor) -> tuple[int, ...]:
+        return self.routes[name].shape if name in self.routes else whole_shape(parameter)
+
+    def _whole(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.zero is None else self.zero.gathered(parameter)
+
     def whole_entries(self) -> dict[str, Tensor]:
         """Keys of `whole_tensors` in its order, each with a meta tensor of its shape and type; without communication."""
         entries = {}
         for key, name, _, values in self._kept():
-            shape = values.shape if name is None else self.routes[name].shape
+            shape = values.shape if name is None else self._whole_shape(name, values)
             entries[key] = torch.empty(shape, dtype=values.dtype, device="meta")
         return entries
 
@@ -193,19 +208,24 @@ class Engine:
         one collective when parameters are sharded.
         """
         for key, name, layout, values in self._kept():
-            whole: Tensor | None = values
-            if name is not None:
-                whole = self._gathered(name, layout, values) if layout.sharded else values
-                whole = None if whole is None else whole.view(self.routes[name].shape)
-            yield key, whole if self.is_main else None
+            if name is None or (layout is not None and not layout.sharded):
+                yield key, values if self.is_main else None
+            elif layout is None:
+                with self._whole(self.frozen[name]):
+                    yield key, self.frozen[name].detach() if self.is_main else None
+            else:
+                whole = self._gathered(name, layout, values)
+                yield key, None if whole is None or not self.is_main else whole.view(self.routes[name].shape)
 
-    def _kept(self) -> Iterator[tuple[str, str | None, Layout, Tensor]]:
-        """Key, parameter (None: alike on every rank), and what this rank holds of the tensor: the whole, or the flat one with its part."""
+    def _kept(self) -> Iterator[tuple[str, str | None, Layout | None, Tensor]]:
+        """Key, parameter (None: alike on every rank), layout (None: not the optimizer's), and what this rank holds of the tensor."""
         buffers = persistent_buffers(self.module)
         ordered = sorted(buffers, key=lambda name: (-buffers[name].element_size(), name))
         wide = [name for name in ordered if buffers[name].element_size() > 4]
         for name in wide:  # types by falling size, so that each value lies aligned in a file
-            yield f"model/{name}", None, self.optimizer.layout, buffers[name].detach()
+            yield f"model/{name}", None, None, buffers[name].detach()
+        for name, parameter in self.frozen.items():
+            yield f"model/{name}", name, None, parameter.detach()
         for optimizer, layout, tensor in self._shards():
             state = optimizer.state[tensor]
             for name in layout.parameters_in(tensor):
@@ -213,7 +233,7 @@ class Engine:
                 for kind, values in state.items():
                     yield f"{kind}/{name}", None if kind == "step" else name, layout, values
         for name in ordered[len(wide) :]:
-            yield f"model/{name}", None, self.optimizer.layout, buffers[name].detach()
+            yield f"model/{name}", None, None, buffers[name].detach()
 
     def _gathered(self, name: str, layout: Layout, values: Tensor) -> Tensor | None:
         """The flat whole of a parameter (or of a state of its size) on the group's first rank, from every rank's part; None elsewhere."""
@@ -225,10 +245,15 @@ class Engine:
 
     @torch.no_grad()
     def load_weights(self, read: Callable[[str], Tensor]) -> None:
-        """Set every trained parameter from `read(name)`, the whole tensor; each rank reads all names and keeps its part.
+        """Set every parameter and persistent buffer from `read(name)`, the whole tensor; each rank keeps its part.
 
-        States of the optimizer stay as they are. A collective under ZeRO.
+        They are those of `weight_entries`. States of the optimizer stay as they are. A collective under ZeRO.
         """
+        for name, buffer in persistent_buffers(self.module).items():
+            buffer.copy_(read(name))
+        for name, parameter in self.frozen.items():
+            with self._whole(parameter):
+                parameter.copy_(read(name))
         if self.zero is not None:
             self.zero.before_weights_change()
         for _, layout, tensor in self._shards():

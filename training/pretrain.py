@@ -6,6 +6,7 @@ Started by `mesokurt pretrain`, `launch/pretrain.sh`, deepspeed, torchrun or sru
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -19,9 +20,16 @@ from configs.loading import load_config
 from configs.schema import RunConfig
 from modeling.decoder import MesokurtForCausalLM
 from modeling.hooks import build
-from training.accelerator import accumulation, start, zero_stage
+from training.accelerator import accumulation, partition, start, zero_stage
 from training.build import build_model, build_optimizer, build_probes, build_schedule, check_hooks
-from training.checkpoint import Progress, check_architecture, load_training_state, load_weights, newest_valid
+from training.checkpoint import (
+    Progress,
+    check_architecture,
+    load_training_state,
+    load_weights,
+    newest_valid,
+    read_record,
+)
 from training.data.loader import Loader
 from training.data.prepare import prepare
 from training.data.store import TokenStore
@@ -31,7 +39,7 @@ from training.finish import finish
 from training.hooks import OBJECTIVE, SAMPLER
 from training.loop import Trainer
 from training.metrics import MetricsLog
-from training.optim.routing import receipt
+from training.optim.routing import receipt, whole_shape
 from training.progress import ProgressBar
 from training.quiet import quiet_libraries
 from training.rendezvous import RankEnvironment, export_rank_environment, read_rank_environment
@@ -59,24 +67,27 @@ def pretrain(config: RunConfig, stop: StopSignal | None = None) -> Path:
     store = prepare(config, progress=main)
     set_seed(config.run.seed)
 
-    model = build_model(config, store.eod_id)
+    accelerator = start(config, ranks)
+    model = build_model(config, store.eod_id, partition(config, ranks))
     checkpoint = newest_valid(run_dir.path)
     if checkpoint is not None:
         check_architecture(checkpoint, model.config)
-        load_weights(checkpoint, model)
     optimizer, routes = build_optimizer(config, model)
     if main:
         (run_dir.path / "receipt.txt").write_text(receipt(routes) + "\n")
         describe(config, model, ranks, receipt(routes))
 
     with Watchdog(run_dir.path, ranks, config.parallel) as watchdog:
-        engine = Engine(config, start(config, ranks), model, optimizer)
+        engine = Engine(config, accelerator, model, optimizer)
         watchdog.connect()
-        progress = load_training_state(checkpoint, engine) if checkpoint else Progress(0, 0)
-        if not engine.same(progress.step):
+        if not engine.same(read_record(checkpoint).progress.step if checkpoint else 0):
             raise UserError(
                 f"run.dir {run_dir.path}: ranks found different checkpoints in it; it must be one folder that every host sees"
             )
+        progress = Progress(0, 0)
+        if checkpoint is not None:
+            load_weights(checkpoint, engine)
+            progress = load_training_state(checkpoint, engine)
         if progress.step and main:
             print(f"resuming from {checkpoint} after step {progress.step}")
         if progress.step < config.train.steps:
@@ -139,7 +150,7 @@ def describe(config: RunConfig, model: MesokurtForCausalLM, ranks: RankEnvironme
     tokens = t.global_batch * m.context
     accumulate = accumulation(config, ranks.world_size)
     print(routes)
-    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
+    print(f"parameters: {sum(math.prod(whole_shape(p)) for p in model.parameters()):,}")
     print(f"ranks: {ranks.world_size}, ZeRO stage {zero_stage(config, ranks)}, arithmetic {t.dtype}")
     print(
         f"accumulation: {accumulate} = global_batch {t.global_batch} / (micro_batch {t.micro_batch} * {ranks.world_size} ranks)"

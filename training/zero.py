@@ -5,10 +5,12 @@ Everything that knows names of DeepSpeed's own attributes is here.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from training.optim.layout import ShardedLayout, zero3_layout, zero12_layout
 
@@ -33,6 +35,10 @@ class Zero12:
         if self.offloaded():
             return _gradients_of(self.held())
         return [gradient for part in self.optimizer.averaged_gradients.values() for gradient in part or ()]
+
+    def gathered(self, parameter: Parameter) -> contextlib.AbstractContextManager[Any]:
+        """Context in which `parameter` is whole: it always is."""
+        return contextlib.nullcontext()
 
     def before_weights_change(self) -> None:
         """Nothing to do."""
@@ -62,6 +68,13 @@ class Zero3:
         if self.offloaded():
             return _gradients_of(self.held())
         return [gradient for part in self.optimizer.averaged_gradients.values() for gradient in part or ()]
+
+    def gathered(self, parameter: Parameter) -> contextlib.AbstractContextManager[Any]:
+        """Context in which `parameter` is whole, and after which rank 0's value is everyone's; a collective."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        context: contextlib.AbstractContextManager[Any] = GatheredParameters([parameter], modifier_rank=0)
+        return context
 
     def before_weights_change(self) -> None:
         """Let go of small parameters, which stay gathered between steps; `weights_changed` gathers them anew."""

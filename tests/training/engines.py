@@ -16,7 +16,7 @@ from configs.loading import config_from_tree
 from configs.schema import CheckpointSection, RunConfig
 from modeling.config import MesokurtConfig
 from modeling.decoder import MesokurtForCausalLM
-from training.accelerator import start
+from training.accelerator import partition, start
 from training.checkpoint import Progress
 from training.checkpoint_writer import CheckpointWriter
 from training.engine import Engine
@@ -24,6 +24,7 @@ from training.objectives.next_token import NextToken
 from training.optim.muon import Muon
 from training.optim.routed import AdamSettings
 from training.optim.routing import route
+from training.partitioned import partitioned_model
 from training.rendezvous import read_rank_environment
 from training.step_hooks import StepHooks
 
@@ -64,7 +65,7 @@ class Trained:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def small_model(seed: int = 0, **changes: Any) -> MesokurtForCausalLM:
+def small_config(seed: int = 0, **changes: Any) -> MesokurtConfig:
     """Two OSP layers; width 24 and FFN 40 leave shards that cut matrices at odd places."""
     settings: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -75,7 +76,12 @@ def small_model(seed: int = 0, **changes: Any) -> MesokurtForCausalLM:
         "max_position_embeddings": CONTEXT,
         "seed": seed,
     }
-    return MesokurtForCausalLM(MesokurtConfig(**(settings | changes)))
+    return MesokurtConfig(**(settings | changes))
+
+
+def small_model(seed: int = 0, **changes: Any) -> MesokurtForCausalLM:
+    """The network of `small_config`, whole."""
+    return MesokurtForCausalLM(small_config(seed, **changes))
 
 
 def global_batch(step: int) -> Tensor:
@@ -94,13 +100,19 @@ def forget_accelerator() -> None:
 
 
 def small_engine(case: Case, seed: int = 0, model: MesokurtForCausalLM | None = None) -> Engine:
-    """An engine on this process's rank, of a given model or a small one; several may follow each other in one process."""
+    """An engine on this process's rank, of a given model or a small one; several may follow each other in one process.
+
+    Under ZeRO-3 the small one is built in pieces, as a run does it.
+    """
     forget_accelerator()
-    config, model = case.config(), model or small_model(seed)
+    config, ranks = case.config(), read_rank_environment()
+    accelerator, pieces = start(config, ranks), partition(config, ranks)
+    if model is None:
+        model = small_model(seed) if pieces is None else partitioned_model(small_config(seed), pieces)
     adam = AdamSettings(1e-2, 0.01)
     precision: Any = case.dtype
     optimizer = Muon(route(model, Muon.algorithms()), 1e-2, 0.01, adam, ns_dtype=precision)
-    engine = Engine(config, start(config, read_rank_environment()), model, optimizer)
+    engine = Engine(config, accelerator, model, optimizer)
     engine.model.train()
     return engine
 

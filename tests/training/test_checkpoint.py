@@ -43,9 +43,8 @@ def _trained(case: Case, steps: int = 2, seed: int = 0) -> Engine:
 
 def _loaded(folder: Path, case: Case) -> tuple[Engine, Progress]:
     """An engine of another seed that then takes everything from a checkpoint, as a restarted run does."""
-    model = small_model(seed=7)
-    load_weights(folder, model)
-    engine = small_engine(case, model=model)
+    engine = small_engine(case, seed=7)
+    load_weights(folder, engine)
     return engine, load_training_state(folder, engine)
 
 
@@ -230,9 +229,9 @@ def test_another_architecture_is_refused_by_name(run_dir: Path) -> None:
 def test_weights_of_other_names_or_shapes_are_refused(run_dir: Path) -> None:
     newest = checkpoints(run_dir)[0]
     with pytest.raises(UserError, match="parameters do not match the config: "):
-        load_weights(newest, small_model(norm="rmsnorm"))
+        load_weights(newest, small_engine(Case(), model=small_model(norm="rmsnorm")))
     with pytest.raises(UserError, match=r"model\.safetensors cannot be used: .* \[128, 24\], .* \[64, 24\]"):
-        load_weights(newest, small_model(vocab_size=64))
+        load_weights(newest, small_engine(Case(), model=small_model(vocab_size=64)))
 
 
 def test_trainer_json_says_where_the_run_stood(run_dir: Path) -> None:

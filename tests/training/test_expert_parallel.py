@@ -69,9 +69,8 @@ def train(case: Case, steps: int = STEPS) -> Trained:
 
 def resumed(folder: Path, case: Case, first: int, last: int) -> Trained:
     """From a checkpoint, in a network of another seed."""
-    model = moe_model(7)
-    load_weights(folder, model)
-    engine = small_engine(case, model=model)
+    engine = small_engine(case, model=moe_model(7))
+    load_weights(folder, engine)
     load_training_state(folder, engine)
     result = run(engine, case, first, last)
     dispose(engine)

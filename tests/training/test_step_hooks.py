@@ -60,9 +60,10 @@ class Counting(GatedFFN):
 
 def counting_engine(stage: int, seed: int = 0, folder: Path | None = None) -> Engine:
     model = small_model(seed, ffn=f"{__name__}:Counting")
+    engine = small_engine(Case(stage), model=model)
     if folder is not None:
-        load_weights(folder, model)
-    return small_engine(Case(stage), model=model)
+        load_weights(folder, engine)
+    return engine
 
 
 def trained(engine: Engine) -> StepHooks:

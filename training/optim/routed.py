@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class RoutedOptimizer(torch.optim.Optimizer):
         self.adam = adam
         self.routes = {r.name: r for r in routes}
         super().__init__(groups, {})
-        sizes = {r.name: r.parameter.numel() for r in routes}
+        sizes = {r.name: math.prod(r.shape) for r in routes}
         self.layout = Layout(sizes, {id(r.parameter): r.name for r in routes})
         self.updates: dict[str, Callable[[dict[str, Any], list[Tensor]], None]] = {"adamw": self._adamw}
         self.gradient_factor = 1.0

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from configs.errors import ConfigError
@@ -48,12 +48,13 @@ RULES: dict[Role, Callable[[nn.Module, str, Parameter], bool]] = {
 }
 
 
-def _shape(parameter: Parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 hides the real shape
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The parameter's shape, also where ZeRO-3 has cut it up."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _ndim(parameter: Parameter) -> int:
-    return len(_shape(parameter))
+    return len(whole_shape(parameter))
 
 
 def role_of(name: str, module: nn.Module, parameter: Parameter) -> Role:
@@ -67,7 +68,7 @@ def role_of(name: str, module: nn.Module, parameter: Parameter) -> Role:
     if len(matching) != 1:
         what = "no rule" if not matching else f"rules {' and '.join(matching)}"
         raise ConfigError(
-            f"optimizer routing: {name} {list(_shape(parameter))} of {type(module).__name__} matches {what}; "
+            f"optimizer routing: {name} {list(whole_shape(parameter))} of {type(module).__name__} matches {what}; "
             f"declare optimizer_roles = {{{leaf!r}: 'matrix' | 'embedding' | 'router' | 'vector'}} on the module"
         )
     return matching[0]
@@ -107,7 +108,7 @@ def route(model: nn.Module, algorithms: Mapping[Role, str], split_heads: bool = 
         owner = name.rpartition(".")[0]
         module, parent = modules[owner], modules.get(owner.rpartition(".")[0])
         role = role_of(name, module, parameter)
-        shape, algorithm = _shape(parameter), algorithms[role]
+        shape, algorithm = whole_shape(parameter), algorithms[role]
         blocks = _blocks(module, parent, name, shape, split_heads) if algorithm == "muon" else None
         routes.append(Route(name, parameter, shape, role, algorithm, len(shape) >= 2, blocks))
     for algorithm in sorted(set(algorithms.values())):
