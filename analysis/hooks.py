@@ -6,6 +6,7 @@ from modeling.hooks import HookKind
 
 PROBES = {
     "kurtosis": "analysis.probes.kurtosis:Kurtosis",
+    "router": "analysis.probes.router:RouterTelemetry",
     "activation_histogram": "analysis.probes.histogram:ActivationHistogram",
     "width_pruning": "analysis.probes.pruning:WidthPruning",
     "depth_pruning": "analysis.probes.pruning:DepthPruning",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class Experts(nn.Module):
     """
 
     group: Any = None
+    observer: Callable[[Experts, Tensor, Plan], None] | None = None
 
     def __init__(self, config: MesokurtConfig, count: int, width: int, gated: bool) -> None:
         super().__init__()
@@ -74,6 +76,10 @@ class Experts(nn.Module):
         """Whether an expert at a time is the way: on the CPU, when the activation has no parameters that need a gradient."""
         return x.device.type == "cpu" and next(self.act_fn.parameters(), None) is None
 
+    def _activation(self) -> Callable[[Tensor], Tensor]:
+        """Without the module's hooks where it has no parameters: how often it runs depends on the tokens, and ZeRO-3 counts calls."""
+        return self.act_fn if next(self.act_fn.parameters(), None) is not None else self.act_fn.forward
+
     def forward(self, x: Tensor, plan: Plan, weights: Tensor) -> Tensor:
         """Tokens `[N, D]`, where they go, and the weight of each sorted place `[S]` -> each token's weighted sum `[N, D]`."""
         kind = x.device.type
@@ -86,11 +92,12 @@ class Experts(nn.Module):
 
     def compute(self, x: Tensor, plan: Plan, weights: Tensor) -> Tensor:
         """`forward` with the experts of this rank."""
+        if self.observer is not None:
+            self.observer(self, x, plan)
         gate = None if self.gate_proj is None else self.gate_proj.to(x.dtype)
         up, down = self.up_proj.to(x.dtype), self.down_proj.to(x.dtype)
         if self._fusible(x):
-            # `forward` itself: how often it runs depends on the tokens, and ZeRO-3 counts every module's calls.
-            return fused_experts(x, weights, gate, up, down, plan, self.act_fn.forward)
+            return fused_experts(x, weights, gate, up, down, plan, self._activation())
         tokens = x.index_select(0, plan.rows)
         if has_grouped(x):
             ends = plan.counts.cumsum(0).int()
@@ -99,6 +106,20 @@ class Experts(nn.Module):
             sizes = plan.counts.tolist()
             outputs = self._network(lambda rows, stack: looped_linear(rows, stack, sizes), tokens, gate, up, down)
         return weighted_sum(outputs, plan, weights, len(x))
+
+    @contextlib.contextmanager
+    def observed(self, observer: Callable[[Experts, Tensor, Plan], None]) -> Iterator[None]:
+        """While open, `observer(experts, tokens [N, D], plan)` hears of everything that this rank's experts are given."""
+        self.observer = observer
+        try:
+            yield
+        finally:
+            self.observer = None
+
+    def hidden(self, x: Tensor, expert: int) -> Tensor:
+        """Hidden activations `[N, F]` of one of this rank's experts for tokens `[N, D]`: what its down projection reads."""
+        up, act = F.linear(x, self.up_proj[expert].to(x.dtype)), self._activation()
+        return act(up) if self.gate_proj is None else act(F.linear(x, self.gate_proj[expert].to(x.dtype))) * up
 
     def _network(
         self, linear: Callable[[Tensor, Tensor], Tensor], x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor
