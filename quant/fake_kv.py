@@ -26,6 +26,8 @@ from quant.roles import Role, Site
 _EAGER_NAMES = ("eager_attention_forward", "eager_attention")
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
+# Told the attention layer, "keys" or "values" and the tensor `[B, H, T, d]` as it would be rounded: whether to round it.
+Pick = Callable[[nn.Module, str, Tensor], bool]
 
 
 class _Witness:
@@ -59,7 +61,7 @@ def _original(base: str, module: nn.Module) -> Attention:
     raise UserError(f"{type(module).__name__} has no eager attention beside it: load with attn_implementation='sdpa'")
 
 
-def _quantizing(base: str, bits: int, witness: _Witness) -> Attention:
+def _quantizing(base: str, bits: int, witness: _Witness, pick: Pick | None) -> Attention:
     """Attention `base` with q and k `[B, H, T, d]` rotated per head, then k and v rounded per token and head."""
 
     def attend(
@@ -67,7 +69,10 @@ def _quantizing(base: str, bits: int, witness: _Witness) -> Attention:
     ) -> tuple[Tensor, Tensor | None]:
         witness.attended = True
         query, key = hadamard_transform(query), hadamard_transform(key)
-        key, value = fake_asymmetric(key, bits), fake_asymmetric(value, bits)
+        if pick is None or pick(module, "keys", key):
+            key = fake_asymmetric(key, bits)
+        if pick is None or pick(module, "values", value):
+            value = fake_asymmetric(value, bits)
         return _original(base, module)(module, query, key, value, *args, **kwargs)
 
     return attend
@@ -112,11 +117,13 @@ def _check_head_dim(head_dim: int) -> None:
 
 
 @contextmanager
-def quantized_kv(model: PreTrainedModel, sites: Sequence[Site], bits: int, head_dim: int) -> Iterator[None]:
+def quantized_kv(
+    model: PreTrainedModel, sites: Sequence[Site], bits: int, head_dim: int, pick: Pick | None = None
+) -> Iterator[None]:
     """Within it K (after RoPE and a per-head Hadamard on q and k) and V are asymmetric per token and head.
 
-    16 bits do nothing. Raises UserError for a head_dim that is not a power of two, for attention implementations other
-    than sdpa and eager, and, while running, for attention that bypasses the registry.
+    With `pick` only what it says is rounded. 16 bits do nothing. Raises UserError for a head_dim that is not a power of
+    two, for attention implementations other than sdpa and eager, and, while running, for attention that bypasses the registry.
     """
     if bits == FULL:
         yield
@@ -130,7 +137,7 @@ def quantized_kv(model: PreTrainedModel, sites: Sequence[Site], bits: int, head_
     with ExitStack() as stack:
         names = {base: f"fake_kv{bits}_{base}_{id(model)}" for base in bases}
         for base, name in names.items():
-            stack.enter_context(_registered(name, base, _quantizing(base, bits, witness)))
+            stack.enter_context(_registered(name, base, _quantizing(base, bits, witness, pick)))
         # All read before any is set: setting a config also sets its sub-configs.
         for config, base in [(config, str(config._attn_implementation)) for config in configs]:
             stack.enter_context(_implementation(config, names[base]))

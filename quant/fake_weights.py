@@ -49,13 +49,15 @@ def _wide(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def rotate_ffn_out(sites: Sequence[Site]) -> None:
+def rotate_ffn_out(sites: Sequence[Site], inverse: bool = False) -> None:
     """Multiply every FFN output weight by the Hadamard matrix of its input size, so that its input must be rotated too.
+
+    `inverse` undoes it: the weight then takes inputs that are not rotated.
 
     Raises UserError for packed weights and for sizes without a Hadamard matrix.
     """
     for together in _by_weight([site for site in sites if site.role is Role.FFN_OUT]):
-        _exchange_all(together, hadamard_transform(_wide(together[0].module.weight)))
+        _exchange_all(together, hadamard_transform(_wide(together[0].module.weight), inverse))
 
 
 @torch.no_grad()

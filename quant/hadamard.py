@@ -62,8 +62,8 @@ def _butterfly(x: Tensor) -> Tensor:
     return x.reshape(shape)
 
 
-def hadamard_transform(x: Tensor) -> Tensor:
-    """`x @ H^T` over the last axis `[..., 2^p K]`, H = (H_K kron H_2^p) / sqrt(2^p K), same dtype as `x`.
+def hadamard_transform(x: Tensor, inverse: bool = False) -> Tensor:
+    """`x @ H^T` (inverse: `x @ H`) over the last axis `[..., 2^p K]`, H = (H_K kron H_2^p) / sqrt(2^p K), same dtype as `x`.
 
     Costs N (p + K) additions per vector of N = 2^p K. Computed in float32 at least; raises UserError when no
     Hadamard of this size is known. H is orthogonal, so rotating both factors of a product leaves it unchanged.
@@ -75,7 +75,8 @@ def hadamard_transform(x: Tensor) -> Tensor:
     if order > 1:
         # Autocast would do this product in 16 bits.
         with torch.autocast(x.device.type, enabled=False):
-            out = _base_matrix(order, out.dtype, out.device) @ out
+            base = _base_matrix(order, out.dtype, out.device)
+            out = (base.T if inverse else base) @ out
     return (out.flatten(-2) / size**0.5).to(x.dtype)
 
 

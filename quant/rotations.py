@@ -112,8 +112,8 @@ def merge(stream: Stream, rotations: Rotations) -> None:
 
 
 @torch.no_grad()
-def _sample_logits(model: PreTrainedModel) -> Tensor:
-    """Logits of a few fixed tokens."""
+def sample_logits(model: PreTrainedModel) -> Tensor:
+    """Logits `[1, 16, V]` of a few fixed tokens, float64."""
     vocab = int(model.config.get_text_config().vocab_size)
     tokens = torch.randint(vocab, (1, 16), generator=torch.Generator().manual_seed(0))
     return model(input_ids=tokens.to(model.device), use_cache=False).logits.double()
@@ -126,12 +126,12 @@ class checked_merge:
         self.model = model
 
     def __enter__(self) -> None:
-        self.before = _sample_logits(self.model)
+        self.before = sample_logits(self.model)
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:
             return
-        difference = float((_sample_logits(self.model) - self.before).abs().max() / self.before.abs().max())
+        difference = float((sample_logits(self.model) - self.before).abs().max() / self.before.abs().max())
         if not difference < PARITY.get(self.model.dtype, 1e-4):
             raise UserError(
                 f"{type(self.model).__name__}: merged rotations change its logits by {difference:.1e} (relative), so its residual "

@@ -15,6 +15,8 @@ from quant.methods import Options, Prepared, prepare_weights, prepared_weights
 from quant.rotations import random_rotation
 from tests.quant.trained import calibration_rows, held_out_rows, trained_llama
 
+pytestmark = pytest.mark.xdist_group("trained_llama")  # which takes seconds per process
+
 QUICK = Options(learning=LearningSettings(steps=16))
 
 

@@ -1,0 +1,172 @@
+"""`mesokurt quantize CKPT --bits W-A-KV --method NAME --out DIR [--explain]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+
+EXAMPLE = "mesokurt quantize runs/quickstart --bits 4-4-4 --method quarot --explain --out quantized"
+MOST_TOKENS = 2048
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Checkpoint, bits, method and its options, what to calibrate and measure on, target."""
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", help="run directory, checkpoint, exported folder or Hub name")
+    add("--bits", default="4-4-4", metavar="W-A-KV", help="weights, activations, KV cache (default: %(default)s)")
+    add(
+        "--method",
+        default="rtn",
+        metavar="NAME",
+        help="rtn, gptq, quarot, spinquant; +rtn: without GPTQ (default: rtn)",
+    )
+    add("--hadamard", action="store_true", help="rotate the FFN hidden state online (rtn, gptq; the others do anyway)")
+    add(
+        "--group-size", type=int, metavar="G", help="inputs that share a weight scale (default: a whole output channel)"
+    )
+    add("--asymmetric", action="store_true", help="weights with a zero point")
+    add("--no-clip", action="store_true", help="no search for the best clip ratio of each weight scale")
+    add("--act-order", action="store_true", help="GPTQ: columns with the largest inputs first")
+    add("--damp", type=float, default=0.01, help="GPTQ: damping, a share of the mean diagonal (default: %(default)s)")
+    add(
+        "--rotation",
+        choices=["hadamard", "orthogonal"],
+        default="hadamard",
+        help="random rotations (default: %(default)s)",
+    )
+    add("--seed", type=int, default=0, help="of the rotations (default: %(default)s)")
+    add("--steps", type=int, default=100, help="spinquant: steps of learning (default: %(default)s)")
+    add("--calibration", type=Path, metavar="FILE", help="text to calibrate on (default: the run's own training rows)")
+    add("--calibration-rows", type=int, default=128, metavar="N", help="how much of it (default: %(default)s)")
+    add("--text", type=Path, metavar="FILE", help="text to measure the loss on (default: the run's own held-out rows)")
+    add("--rows", type=int, default=32, help="how many rows of it (default: %(default)s)")
+    add("--window", type=int, help="tokens per row of text (default: the model's context, at most 2048)")
+    add("--explain", action="store_true", help="also write where the bits hurt: explain.json and explain.png")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write (must not exist)")
+
+
+def _options(arguments: argparse.Namespace) -> Any:
+    from quant.gptq import GPTQSettings
+    from quant.learned_rotations import LearningSettings
+    from quant.methods import Options
+
+    for name in ("group_size", "calibration_rows", "rows", "steps"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1", exit_code=2)
+    if not 0 <= arguments.damp < 1:
+        raise UserError(f"--damp {arguments.damp}: must be at least 0 and below 1", exit_code=2)
+    return Options(
+        group=arguments.group_size,
+        symmetric=not arguments.asymmetric,
+        clip=not arguments.no_clip,
+        gptq=GPTQSettings(arguments.damp, arguments.act_order),
+        rotation=arguments.rotation,
+        seed=arguments.seed,
+        learning=LearningSettings(steps=arguments.steps),
+    )
+
+
+def _method(arguments: argparse.Namespace) -> str:
+    from quant.methods import METHODS, method_of
+
+    name = str(arguments.method)
+    if arguments.hadamard and not method_of(name).hadamard:
+        name = f"{name}+hadamard"
+    method_of(name)
+    assert name in METHODS
+    return name
+
+
+def _stock(model: Any) -> tuple[Any, str]:
+    """The stock form of one of the project's own networks where there is one, and otherwise a note."""
+    from modeling.decoder import MesokurtForCausalLM
+    from modeling.to_stock import to_stock
+
+    if not isinstance(model, MesokurtForCausalLM):
+        return model, ""
+    try:
+        return to_stock(model), ""
+    except ValueError as error:
+        return model, f"{error}, so the folder is one of this project's and loads where Mesokurt is installed"
+
+
+def _measured_rows(arguments: argparse.Namespace, folder: str, window: int) -> Any:
+    """What the loss is measured on, or None where there is nothing."""
+    from launch.loading import held_out_rows, load_tokenizer, text_windows
+
+    if arguments.text is not None:
+        return text_windows(load_tokenizer(folder), arguments.text, window).rows[: arguments.rows]
+    if (Path(arguments.checkpoint) / "config.yaml").is_file():
+        return held_out_rows(arguments.checkpoint, arguments.rows).rows
+    if arguments.explain:
+        raise UserError("--explain measures losses, and this is no run directory: give --text FILE", exit_code=2)
+    return None
+
+
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """Quantize, measure, save; diagnose first where asked."""
+    from launch.loading import calibration_rows, load_model
+    from quant.bits import Bits
+    from quant.fake_quant import rounded_states
+    from quant.methods import method_of, prepare_weights
+    from quant.perplexity import perplexity_of_rows
+    from quant.save_quantized import record, save_quantized
+    from training.run_directory import environment
+
+    bits, options, method = Bits.parse(arguments.bits), _options(arguments), _method(arguments)
+    if arguments.out.exists():
+        raise UserError(f"--out {arguments.out} exists already; name a new folder")
+    loaded, folder = load_model(arguments.checkpoint)
+    model, note = _stock(loaded)
+    del loaded
+    window = arguments.window or min(int(model.config.get_text_config().max_position_embeddings), MOST_TOKENS)
+    rows, calibration = _measured_rows(arguments, folder, window), None
+    if method_of(method).calibrated:
+        calibration = calibration_rows(
+            arguments.checkpoint, arguments.calibration, folder, window, arguments.calibration_rows
+        )
+        if calibration is None:
+            raise UserError(f"{method}: nothing to calibrate on; give --calibration FILE")
+    with rounded_states(model, bits, method_of(method).hadamard):
+        pass  # what cannot run is refused before the long work
+    diagnosis = _diagnosis(model, rows, bits, method, calibration, options) if arguments.explain else None
+    full = None if rows is None else perplexity_of_rows(model, rows).nats_per_token
+    prepared = prepare_weights(model, method, bits, calibration, options)
+    loss = None
+    if rows is not None:
+        with rounded_states(model, bits, prepared.hadamard):
+            loss = perplexity_of_rows(model, rows).nats_per_token
+        print(f"loss {full:.4f} in 16 bits, {loss:.4f} nats per token at {bits} by {method} ({len(rows)} rows)")
+    recorded = record(prepared, bits, options, calibration)
+    recorded |= {"source": folder, "loss_16_bits": full, "loss": loss, "environment": environment()}
+    notes = [*prepared.notes, *([note] if note else [])]
+    recorded["notes"] = notes
+    difference = save_quantized(
+        model, prepared, recorded, Path(folder) if Path(folder).is_dir() else None, arguments.out
+    )
+    for line in notes:
+        print(f"note: {line}")
+    if diagnosis is not None:
+        _write_diagnosis(diagnosis, arguments.out)
+    print(f"{arguments.out}: {type(model).__name__}, reloads to logits within {difference:.1e}")
+    return {"out": str(arguments.out), "relative_error": difference, **recorded}, 0
+
+
+def _diagnosis(model: Any, rows: Any, bits: Any, method: str, calibration: Any, options: Any) -> Any:
+    from analysis.quantization_diagnosis import diagnose, format_diagnosis
+
+    diagnosis = diagnose(model, rows, bits, method, calibration, options)
+    print(format_diagnosis(diagnosis))
+    return diagnosis
+
+
+def _write_diagnosis(diagnosis: Any, folder: Path) -> None:
+    from analysis.quantization_diagnosis import plot_diagnosis
+
+    (folder / "explain.json").write_text(json.dumps(diagnosis.as_json(), indent=1) + "\n")
+    plot_diagnosis(diagnosis).savefig(folder / "explain.png", dpi=140)
