@@ -343,22 +343,27 @@ class EvalSection(Section):
     """W-A-KV settings measured every `quantized_every` steps; each is logged as eval/loss@W-A-KV beside eval/loss."""
     bits: list[BitsText] = Field(default_factory=lambda: ["16-16-16", "4-8-16", "4-8-8", "4-4-16", "4-4-4"])
     """W-A-KV settings of the final table."""
-    hadamard: bool = True
-    """Also evaluate each setting with the Hadamard transform of the FFN hidden state."""
+    methods: list[str] = Field(default_factory=lambda: ["rtn", "rtn+hadamard"], min_length=1)
+    """How weights get to each setting in the final table (`docs/quantization.md`); those that calibrate use training rows."""
 
 
-ExportFormat = Literal["hf", "bnb-nf4"]
+ExportFormat = Literal["hf", "bnb-nf4", "compressed-tensors", "remote-code"]
 
 
-def _all_formats() -> list[ExportFormat]:
+def _default_formats() -> list[ExportFormat]:
     return ["hf", "bnb-nf4"]
 
 
 class ExportSection(Section):
-    """What the run writes at its end."""
+    """What the run writes at its end, each into a folder of its name under `run.dir/export`."""
 
-    formats: list[ExportFormat] = Field(default_factory=_all_formats)
-    """`hf`: merged to a stock architecture (Llama, or a mixture of experts); `bnb-nf4`: the same in 4 bits for stock transformers."""
+    formats: list[ExportFormat] = Field(default_factory=_default_formats)
+    """`hf`: merged to a stock architecture; `bnb-nf4`: the same in 4 bits; `compressed-tensors`: the same with packed INT4 weights;
+    `remote-code`: the network's own files, for what no stock architecture expresses."""
+    method: Literal["rtn", "gptq"] = "rtn"
+    """How `compressed-tensors` rounds; gptq calibrates on training rows."""
+    license: str = "unknown"
+    """Licence that the model card names (an identifier of the Hub, such as apache-2.0)."""
 
 
 class ProbeSpec(HookSpec):

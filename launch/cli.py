@@ -15,9 +15,9 @@ from configs.errors import run_or_exit
 COMMANDS = {
     "pretrain": "train (or resume) a run, then evaluate, export and report it",
     "data": "prepare a run's tokenizer and token store",
-    "evaluate": "perplexity in full precision and in 4 bits",
+    "evaluate": "text loss and benchmarks, full precision beside 4 bits",
     "quantize": "round a checkpoint to few bits, say what it costs and where",
-    "export": "write a checkpoint for stock transformers",
+    "export": "write a checkpoint for stock transformers, or for the Hub",
     "convert": "make a mixture of experts of a dense checkpoint, optimizer state and all",
     "analyze": "probe a checkpoint, or test a config for rotation symmetry",
     "reproduce": "a paper's claim against what this machine measures",

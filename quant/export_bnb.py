@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -13,13 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from configs.errors import UserError
+from quant.export_folder import SHARD_BYTES, appearing, copy_tokenizer
 
 NF4_BLOCK = 64
 # The output rows that bitsandbytes' AVX512-BF16 kernel handles together.
 CPU_ROWS = 32
-_TOKENIZER_FILES = (
-    "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,13 +91,6 @@ def _size_notes(packed: dict[str, nn.Linear]) -> list[str]:
     return notes
 
 
-def _copy_tokenizer(source: Path, target: Path) -> list[str]:
-    files = {file for pattern in _TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()}
-    for file in sorted(files):
-        shutil.copy2(file, target / file.name)
-    return [] if files else [f"{source} has no tokenizer files, so the export has none either"]
-
-
 def export_bnb_nf4(hf_dir: str | Path, out_dir: str | Path, compute_dtype: torch.dtype = torch.bfloat16) -> NF4Export:
     """Pack a plain Hugging Face causal LM in NF4 with double quantization, on the CPU, and check what was written.
 
@@ -124,16 +114,9 @@ def export_bnb_nf4(hf_dir: str | Path, out_dir: str | Path, compute_dtype: torch
     packed = _packed_layers(model)
     if not packed:
         raise UserError(f"{source}: bitsandbytes found no linear layer to pack in {type(model).__name__}")
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        model.save_pretrained(partial)
-        notes = _size_notes(packed) + _copy_tokenizer(source, partial)
-        if not torch.equal(_probe_logits(_load(partial, compute_dtype)), _probe_logits(model)):
+    with appearing(target) as folder:
+        model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+        notes = _size_notes(packed) + copy_tokenizer(source, folder)
+        if not torch.equal(_probe_logits(_load(folder, compute_dtype)), _probe_logits(model)):
             raise UserError(f"{source}: the NF4 model changes its logits when saved and reloaded; nothing was exported")
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return NF4Export(target, len(packed), tuple(notes))

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from configs.errors import UserError
 from modeling.auto import load_whole
 from modeling.decoder import MesokurtForCausalLM
 from modeling.folders import resolve
 from modeling.to_stock import to_stock
+from quant.export_folder import SHARD_BYTES, appearing, check_tokenizer, copy_tokenizer
 
 TOLERANCE = 1e-5
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
-SAMPLE = "def f(x):\n\treturn x ** 2  # naïve ☃ \U0001f600\n\n    if a<=b and 'c' != \"d\": 0x1F + 3.14e-10\n"
 
 
 @dataclass(frozen=True)
@@ -29,13 +26,12 @@ class HFExport:
     relative_error: float
 
 
-def _check_tokenizer(source: Path, written: Path, target: Path) -> None:
-    before, after = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(written)
-    if before.encode(SAMPLE) != after.encode(SAMPLE) or before.get_vocab() != after.get_vocab():
-        raise UserError(f"export {target}: the reloaded tokenizer gives other ids than {source}; nothing was exported")
+def load_trained(source: Path) -> MesokurtForCausalLM:
+    """The network of a checkpoint.
 
-
-def _load_trained(source: Path) -> MesokurtForCausalLM:
+    Raises:
+        UserError: none can be loaded there, or it is a stock model.
+    """
     try:
         model = load_whole(source)
     except ValueError as error:
@@ -48,10 +44,8 @@ def _load_trained(source: Path) -> MesokurtForCausalLM:
 
 
 def _write(stock: PreTrainedModel, source: Path, folder: Path) -> None:
-    stock.save_pretrained(folder)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copy(source / name, folder / name)
+    stock.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+    copy_tokenizer(source, folder)
 
 
 def _parity(model: MesokurtForCausalLM, written: Path) -> tuple[str, float]:
@@ -78,26 +72,19 @@ def export_hf(checkpoint: str | Path, out: str | Path) -> HFExport:
         source, target = resolve(checkpoint), Path(out)
     except FileNotFoundError as error:
         raise UserError(f"export: {error}") from None
-    model = _load_trained(source)
+    model = load_trained(source)
     try:
         stock = to_stock(model)
     except ValueError as error:
-        raise UserError(f"export {source}: {error}; it cannot be exported as hf") from None
-    partial = target.with_name(f".partial-{target.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        _write(stock, source, partial)
-        architecture, difference = _parity(model, partial)
+        raise UserError(
+            f"export {source}: {error}; it cannot be exported as hf, but as remote-code with its own files"
+        ) from None
+    with appearing(target) as folder:
+        _write(stock, source, folder)
+        architecture, difference = _parity(model, folder)
         if not difference < TOLERANCE:
             raise UserError(
                 f"export {target}: logits differ by {difference:.1e} (relative) from the trained model; nothing was exported"
             )
-        if (partial / "tokenizer.json").is_file():
-            _check_tokenizer(source, partial, target)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"export {target}: cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        check_tokenizer(source, folder, target)
     return HFExport(architecture, difference)

@@ -20,7 +20,7 @@ data:
   held_out: 0.2
 optim: {{lr: 1e-2, warmup: 2}}
 train: {{steps: 6, global_batch: 4, micro_batch: 2}}
-eval: {{rows: 4, bits: [16-16-16, 4-4-4], hadamard: false}}
+eval: {{rows: 4, bits: [16-16-16, 4-4-4], methods: [rtn]}}
 export: {{formats: [hf]}}
 """
 

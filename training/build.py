@@ -6,11 +6,12 @@ from typing import Any
 
 from analysis.hooks import PROBE
 from analysis.probes.base import Probe
-from configs.errors import ConfigError
+from configs.errors import ConfigError, UserError
 from configs.schema import HookSpec, RunConfig
 from modeling.config import MesokurtConfig
 from modeling.decoder import MesokurtForCausalLM
 from modeling.hooks import KINDS, HookError, HookKind, build, check
+from quant.methods import method_of
 from training.expert_parallel import check_expert_parallel
 from training.hooks import OBJECTIVE, OPTIMIZER, SAMPLER, SCHEDULE
 from training.optim.routed import AdamSettings, RoutedOptimizer
@@ -24,7 +25,7 @@ def _spec(hook: HookSpec) -> dict[str, Any]:
 
 
 def check_hooks(config: RunConfig) -> None:
-    """Resolve every hook that the config names and check its options.
+    """Resolve every hook and 4-bit method that the config names and check the options.
 
     Raises:
         ConfigError: unknown hook or option (near names are listed), or an option of the wrong type.
@@ -43,6 +44,11 @@ def check_hooks(config: RunConfig) -> None:
             check(kind, hook.name, hook.options)
         except HookError as error:
             raise ConfigError(f"{key}: {error}") from None
+    for name in config.eval.methods:
+        try:
+            method_of(name)
+        except UserError as error:
+            raise ConfigError(f"eval.methods: {error}") from None
     check_expert_parallel(config)
 
 

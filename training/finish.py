@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from analysis.report import write_report
 from configs.errors import UserError
@@ -15,10 +16,11 @@ from configs.schema import RunConfig
 from modeling.auto import register
 from modeling.decoder import MesokurtForCausalLM
 from modeling.folders import resolve
+from quant import exports
 from quant.bits import Bits
-from quant.export_bnb import export_bnb_nf4
-from quant.export_hf import export_hf
-from quant.ladder import DEFAULT_METHODS, format_ladder, ladder
+from quant.exports import Wish
+from quant.ladder import format_ladder, ladder
+from quant.methods import method_of
 from quant.perplexity import perplexity_of_rows
 from training.data.store import TokenStore
 from training.run_directory import environment
@@ -34,8 +36,8 @@ def evaluate(config: RunConfig, store: TokenStore, checkpoint: Path) -> dict[str
     rows = store.rows("held_out", np.arange(min(config.eval.rows, store.num_rows("held_out"))))
     settings = [Bits.parse(text) for text in config.eval.bits]
     per_token = store.bytes_per_token("held_out")
-    methods = DEFAULT_METHODS if config.eval.hadamard else DEFAULT_METHODS[:1]
-    rungs = ladder(model, rows, settings, methods, bytes_per_token=per_token)
+    calibration = calibration_rows(store) if any(method_of(name).calibrated for name in config.eval.methods) else None
+    rungs = ladder(model, rows, settings, config.eval.methods, bytes_per_token=per_token, calibration=calibration)
     print(format_ladder(rungs))
     loss = perplexity_of_rows(model, rows).nats_per_token
     result = {
@@ -53,23 +55,25 @@ def evaluate(config: RunConfig, store: TokenStore, checkpoint: Path) -> dict[str
     return result
 
 
-def export(config: RunConfig, checkpoint: Path) -> None:
-    """The formats that the config asks for, under `run.dir/export`.
+def calibration_rows(store: TokenStore) -> torch.Tensor:
+    """The first training rows `[N, T]`, at most 128 (the number of GPTQ and Outlier-Safe Pre-Training)."""
+    return store.rows("train", np.arange(min(128, store.num_rows("train"))))[:, :-1]
 
-    Raises:
-        UserError: the network is no stock architecture, a check inside the export failed, or bitsandbytes is missing.
-    """
-    folder = Path(config.run.dir, "export")
-    merged = folder / "hf"
-    parity = export_hf(checkpoint, merged)
-    print(f"exported {merged} ({parity.architecture}, logits within {parity.relative_error:.1e} of the trained model)")
-    if "bnb-nf4" in config.export.formats:
+
+def export(config: RunConfig, store: TokenStore, checkpoint: Path) -> None:
+    """The formats that the config asks for, each under `run.dir/export`; what one cannot express is one line, the others are written."""
+    e, run_dir = config.export, Path(config.run.dir)
+    calibrated = "compressed-tensors" in e.formats and method_of(e.method).calibrated
+    calibration = calibration_rows(store) if calibrated else None
+    wish = Wish(config.run.name, e.license, e.method, calibration=calibration, run_dir=run_dir)
+    for name in e.formats:
         try:
-            result = export_bnb_nf4(merged, folder / "bnb-nf4")
-        except ImportError:
-            raise UserError("bitsandbytes is not installed; install it or take bnb-nf4 out of export.formats") from None
-        print(f"exported {result.path} (reloads to identical logits)")
-        for note in result.notes:
+            done = exports.export(name, checkpoint, run_dir / "export" / name, wish)
+        except UserError as error:
+            print(f"no export: {error}")
+            continue
+        print(f"exported {done.path} ({done.written.checked})")
+        for note in done.notes:
             print(f"note: {note}")
 
 
@@ -81,12 +85,10 @@ def finish(config: RunConfig, store: TokenStore) -> None:
     """
     register()
     checkpoint = resolve(config.run.dir)
-    for wanted, stage in ((config.eval.bits, "4-bit evaluation"), (config.export.formats, "export")):
+    if config.eval.bits:
         try:
-            if wanted and stage == "export":
-                export(config, checkpoint)
-            elif wanted:
-                evaluate(config, store, checkpoint)
+            evaluate(config, store, checkpoint)
         except UserError as error:
-            print(f"no {stage}: {error}")
+            print(f"no 4-bit evaluation: {error}")
+    export(config, store, checkpoint)
     print(f"report: {write_report(Path(config.run.dir))}")

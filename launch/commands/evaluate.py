@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -104,14 +105,17 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         print("benchmarks: made-up rows, which rehearse the evaluation and judge no model")
     named = {d.task.name: {"documents": len(d.documents), "shots": d.task.shots, "sha256": d.sha256} for d in tasks}
     measured_text = {} if text is None else {"name": text.name, "windows": len(text.rows), "tokens": text.rows.shape[1]}
-    return {
+    result = {
         "checkpoint": folder,
         "model_sha256": model_sha256(model),
         "text": measured_text,
         "tasks": {"source": arguments.task_data, **named} if tasks else {},
         "ladder": [row.as_json() for row in table],
         "environment": environment(),
-    }, 0
+    }
+    if (Path(arguments.checkpoint) / "config.yaml").is_file():  # what model cards show
+        Path(arguments.checkpoint, "evaluate.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result, 0
 
 
 def _text(arguments: argparse.Namespace, folder: str, window: int) -> Any:

@@ -127,8 +127,11 @@ def test_an_export_that_cannot_be_is_told_before_the_run(tmp_path: Path, capsys:
         "note: ffn 'mlp' has no counterpart in a stock architecture: the run will end without"
         in capsys.readouterr().out
     )
-    assert main(["config", "check", yaml, "model.ffn=mlp", "export.formats=[]"]) == 0
-    assert "note" not in capsys.readouterr().out
+    for formats in ("[]", "[remote-code]"):
+        assert main(["config", "check", yaml, "model.ffn=mlp", f"export.formats={formats}"]) == 0
+        assert "note" not in capsys.readouterr().out
+    assert main(["config", "check", yaml, "eval.methods=[rtn, rtm]"]) == 2
+    assert "eval.methods: unknown method 'rtm': did you mean rtn?" in capsys.readouterr().err
 
 
 def test_every_config_mistake_names_the_file(tmp_path: Path, refused: Callable[..., str]) -> None:

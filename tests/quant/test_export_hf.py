@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from configs.errors import UserError
 from modeling.folders import resolve
 from quant import export_hf as module
-from quant.export_hf import SAMPLE, export_hf
+from quant.export_folder import SAMPLE
+from quant.export_hf import export_hf
 from tests.modeling.small import roughen, small_model, tokens
 from tests.training.data.corpora import VOCAB, small_tokenizer
 from training.data.tokenizer import load_tokenizer, save_tokenizer
@@ -99,7 +100,8 @@ def refusal(source: Path, out: Path) -> str:
 def test_a_network_that_llama_cannot_express_is_refused_by_the_parts_name(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "checkpoint", tokenizer=False, activation="relu2", ffn="mlp")
     assert refusal(source, tmp_path / "out") == (
-        f"export {source}: ffn 'mlp' has no counterpart in a stock Llama; it cannot be exported as hf"
+        f"export {source}: ffn 'mlp' has no counterpart in a stock Llama; it cannot be exported "
+        "as hf, but as remote-code with its own files"
     )
 
 

@@ -1,0 +1,216 @@
+"""The README.md of an export: every figure in it is read from the run's files, none is typed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from configs.errors import UserError
+from configs.loading import load_config
+from configs.schema import RunConfig
+from quant.benchmarks import Score
+from quant.bits import Bits
+from quant.evaluation import Row
+from quant.evaluation_table import markdown_table, notes
+from quant.export_folder import weight_bytes
+
+NEEDS = {
+    "hf": "transformers",
+    "bnb-nf4": "transformers and bitsandbytes",
+    "compressed-tensors": "transformers and compressed-tensors",
+    "remote-code": "transformers, and your trust in the Python files of this repository",
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an export has to tell: its format, what was checked, and facts in order of reading."""
+
+    format: str
+    checked: str
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run directory knows; empty where it does not."""
+
+    config: RunConfig | None = None
+    at_the_end: Mapping[str, Any] = field(default_factory=dict)
+    evaluated: Mapping[str, Any] = field(default_factory=dict)
+    last_row: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _last_values(path: Path) -> dict[str, Any]:
+    """The newest value of every key of metrics.jsonl."""
+    values: dict[str, Any] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return values
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if isinstance(row, dict):
+            values |= row
+    return values
+
+
+def read_run_files(run_dir: Path | None) -> RunFiles:
+    """The files of a run directory that a card needs."""
+    if run_dir is None or not (run_dir / "config.yaml").is_file():
+        return RunFiles()
+    try:
+        config = load_config(run_dir / "config.yaml")
+    except UserError:
+        config = None
+    files = ("evaluation.json", "evaluate.json")
+    end, evaluated = (_object(run_dir / name) for name in files)
+    return RunFiles(config, end, evaluated, _last_values(run_dir / "metrics.jsonl"))
+
+
+def _rows(found: Mapping[str, Any]) -> list[Row]:
+    """The rows of a stored table; ones that are not readable are left out."""
+    rows: list[Row] = []
+    ladder = found.get("ladder")
+    for entry in ladder if isinstance(ladder, list) else []:
+        try:
+            tasks = {name: Score(**score) for name, score in (entry.get("tasks") or {}).items()}
+            method = entry.get("method") or ("rtn+hadamard" if entry.get("hadamard") else "rtn")
+            numbers = {key: entry.get(key) for key in ("loss", "perplexity", "ratio", "bits_per_byte")}
+            rows.append(Row(Bits.parse(entry["bits"]), method, **numbers, tasks=tasks, note=entry.get("note") or ""))
+        except (UserError, TypeError, KeyError, AttributeError):
+            continue
+    return rows
+
+
+def _table(title: str, found: Mapping[str, Any]) -> list[str]:
+    rows = _rows(found)
+    if not rows:
+        return []
+    return [f"**{title}**", "", markdown_table(rows), "", *(f"- {note}" for note in notes(rows)), ""]
+
+
+def _measured(files: RunFiles) -> list[str]:
+    """Kurtosis and tables."""
+    lines: list[str] = []
+    kurtosis = files.last_row.get("kurtosis/resid")
+    if isinstance(kurtosis, int | float) and math.isfinite(kurtosis):
+        floor = files.last_row.get("kurtosis/floor")
+        beside = f" (Gaussian floor {floor:.2f})" if isinstance(floor, int | float) else ""
+        lines += [f"Excess kurtosis of the residual stream at the last probe: {kurtosis:.2f}{beside}.", ""]
+    text = files.evaluated.get("text")
+    name = text.get("name") if isinstance(text, dict) else None
+    tables = _table("Held-out rows, at the end of training", files.at_the_end)
+    tables += _table(f"`mesokurt evaluate` on {name or 'benchmarks'}", files.evaluated)
+    source = files.evaluated.get("tasks")
+    if isinstance(source, dict) and source.get("source") == "synthetic":
+        tables += ["The benchmarks above are made-up rows: a rehearsal, no judgement.", ""]
+    return [
+        *lines,
+        *(tables or ["Nothing was measured: run `mesokurt evaluate` on the run directory and export again.", ""]),
+    ]
+
+
+def _training(config: RunConfig | None) -> list[str]:
+    if config is None:
+        return [
+            "The export was made from a folder without its run directory: how it was trained is not known here.",
+            "",
+        ]
+    tokens = config.train.steps * config.train.global_batch * config.model.context
+    sources = ", ".join(dict.fromkeys(s.path or "Python's standard library" for s in config.data.sources))
+    facts = {
+        "steps": f"{config.train.steps:,}",
+        "tokens": f"{tokens:,} ({config.train.global_batch} sequences of {config.model.context} per step)",
+        "data": sources,
+        "optimizer": f"{config.optim.name}, peak learning rate {config.optim.lr:g}, schedule {config.optim.schedule.name}",
+        "norm, embedding": f"{config.model.norm.name}, {config.model.embedding.name}",
+        "arithmetic": config.train.dtype,
+        "seed": str(config.run.seed),
+    }
+    return _facts(facts)
+
+
+def _facts(facts: Mapping[str, str]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
+
+
+def _network(folder: Path) -> dict[str, str]:
+    config = _object(folder / "config.json")
+    names = (
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "vocab_size",
+    )
+    shown = {name.replace("_", " "): str(config[name]) for name in names if name in config}
+    return {"architecture": ", ".join(config.get("architectures") or ["not stated"]), **shown}
+
+
+def _loading(format_name: str) -> list[str]:
+    extra = ", trust_remote_code=True" if format_name == "remote-code" else ""
+    return [
+        f"Needs {NEEDS[format_name]}.", "", "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+        'folder = "..."  # this folder, or its name on the Hub',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"model = AutoModelForCausalLM.from_pretrained(folder{extra})", "```", "",
+    ]  # fmt: skip
+
+
+def model_card(folder: Path, name: str, licence: str, written: Written, files: RunFiles) -> str:
+    """The card of an exported folder."""
+    header = {
+        "license": licence,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mesokurt", written.format],
+    }
+    size = {"weights on disk": f"{weight_bytes(folder):,} bytes"}
+    environment = files.at_the_end.get("environment") or files.evaluated.get("environment") or {}
+    versions = environment.get("versions") if isinstance(environment, dict) else None
+    made: Sequence[str] = []
+    if isinstance(versions, dict):
+        made = ["Measured with " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".", ""]
+    parts = [
+        "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "", f"# {name}", "",
+        "A language model pretrained with Mesokurt, whose activations are kept Gaussian so that few bits suffice.", "",
+        *_facts({**_network(folder), **size, **written.facts}), "## Load", "", *_loading(written.format),
+        "## Training", "", *_training(files.config), "## Measured", "", *_measured(files), *made,
+        "## Checked on export", "", f"{written.checked}.",
+    ]  # fmt: skip
+    return "\n".join(parts) + "\n"
+
+
+def write_card(folder: Path, name: str, licence: str, written: Written, files: RunFiles) -> Path:
+    """Write README.md into an exported folder; returns it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    target, partial = folder / "README.md", folder / ".README.partial"
+    try:
+        partial.write_text(model_card(folder, name, licence, written, files), encoding="utf-8")
+        partial.replace(target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
+    return target

@@ -1,0 +1,78 @@
+"""Model cards: the figures are those of the run's files, and what is not known is said."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from quant.model_card import RunFiles, Written, model_card, read_run_files
+from tests.tiny_run import tiny_yaml
+
+WRITTEN = Written("compressed-tensors", "W4A16 by gptq, reloads", {"weights": "INT4"})
+LADDER = [
+    {"bits": "16-16-16", "method": "rtn", "hadamard": False, "loss": 3.25, "perplexity": 25.79, "ratio": 1.0,
+     "bits_per_byte": 1.5, "note": ""},
+    {"bits": "4-4-4", "method": "gptq", "hadamard": False, "loss": 3.5, "perplexity": 33.115, "ratio": 1.284,
+     "bits_per_byte": 1.6, "note": "layer x got less", "tasks": {"piqa": {"accuracy": 0.625, "stderr": 0.05, "documents": 9, "note": ""}}},
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An exported folder, as far as a card looks."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "hidden_size": 77}))
+    (out / "model.safetensors").write_bytes(b"x" * 1234)
+    return out
+
+
+def test_tables_are_those_of_the_runs_files(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(tiny_yaml(tmp_path, corpus=False).read_text())
+    environment = {"versions": {"torch": "9.8.7"}}
+    (run / "evaluation.json").write_text(json.dumps({"ladder": LADDER[:1], "environment": environment}))
+    (run / "evaluate.json").write_text(
+        json.dumps({"ladder": LADDER, "text": {"name": "some.txt"}, "tasks": {"source": "synthetic"}})
+    )
+    (run / "metrics.jsonl").write_text(
+        '{"step": 1, "kurtosis/resid": 9.0, "kurtosis/floor": 0.12}\n{"step": 2, "kurtosis/resid": 0.5}\n{"st'
+    )
+    card = model_card(folder, "tiny", "apache-2.0", WRITTEN, read_run_files(run))
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["license"] == "apache-2.0"
+    assert header["tags"] == ["mesokurt", "compressed-tensors"]
+    assert "| 16-16-16 | - | 3.2500 | 25.79 | 1 | 1.5000 |" in card
+    assert "| 4-4-4 | gptq | 3.5000 | 33.115 | 1.284 | 1.6000 | 62.5±5.0 |" in card
+    assert "- 4-4-4 gptq: layer x got less" in card
+    assert "at the last probe: 0.50 (Gaussian floor 0.12)" in card
+    assert "`mesokurt evaluate` on some.txt" in card
+    assert "made-up rows" in card
+    assert "torch 9.8.7" in card
+    assert "| weights on disk | 1,234 bytes |" in card
+    assert "| hidden size | 77 |" in card
+    assert "| tokens | 768 (4 sequences of 32 per step) |" in card
+
+
+def test_without_a_run_the_card_says_what_is_not_known(folder: Path, tmp_path: Path) -> None:
+    card = model_card(folder, "x", "unknown", WRITTEN, read_run_files(tmp_path))
+    assert read_run_files(None) == RunFiles()
+    assert "how it was trained is not known here" in card
+    assert "Nothing was measured" in card
+    assert not re.search(r"^\| \d+-\d+-\d+", card, re.M)
+
+
+@pytest.mark.parametrize(
+    "broken", ["{", "[]", '{"ladder": 3}', '{"ladder": [1, {"bits": "x"}, {}], "environment": 4, "text": []}']
+)
+def test_broken_files_leave_a_card_without_their_figures(broken: str, folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "evaluation.json", "evaluate.json", "metrics.jsonl"):
+        (run / name).write_text(broken)
+    assert "Nothing was measured" in model_card(folder, "x", "unknown", WRITTEN, read_run_files(run))
