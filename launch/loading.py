@@ -14,8 +14,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from configs.errors import UserError
 from configs.loading import load_config
 from modeling.auto import load_whole
+from modeling.decoder import MesokurtForCausalLM
 from modeling.folders import resolve
 from modeling.hooks import KINDS
+from modeling.to_stock import to_stock
 from quant.evaluation import Text
 
 
@@ -77,6 +79,16 @@ def load_model(checkpoint: str) -> tuple[PreTrainedModel, str]:
         return load_whole(where), where
     except ValueError as error:
         raise UserError(f"{checkpoint}: no model can be loaded ({error})") from None
+
+
+def stock_form(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
+    """The stock form of one of the project's own networks where there is one (rotations are merged into that), and otherwise a note."""
+    if not isinstance(model, MesokurtForCausalLM):
+        return model, ""
+    try:
+        return to_stock(model), ""
+    except ValueError as error:
+        return model, f"{error}, so the folder is one of this project's and loads where Mesokurt is installed"
 
 
 def load_tokenizer(where: str) -> PreTrainedTokenizerBase:

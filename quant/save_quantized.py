@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from configs.errors import UserError
 from modeling.auto import load_whole
 from quant.bits import FULL, Bits
-from quant.export_hf import TOKENIZER_FILES
+from quant.export_folder import copy_tokenizer
 from quant.fake_quant import rounded_states
 from quant.fake_weights import rotate_ffn_out
 from quant.methods import Options, Prepared
@@ -79,9 +79,8 @@ def save_quantized(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_pretrained(partial)
-        for name in TOKENIZER_FILES:
-            if source is not None and (source / name).is_file():
-                shutil.copy(source / name, partial / name)
+        if source is not None:
+            copy_tokenizer(source, partial)
         (partial / RECORD).write_text(json.dumps(recorded, indent=1, default=str) + "\n")
         difference = float((sample_logits(load_whole(partial)) - expected).abs().max() / expected.abs().max())
         if not difference < TOLERANCE.get(model.dtype, 1e-4):

@@ -65,7 +65,7 @@ def _check_counts(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Print one table, full precision beside each setting."""
-    from launch.loading import calibration_rows, load_model, load_tokenizer
+    from launch.loading import calibration_rows, load_model, load_tokenizer, stock_form
     from quant.benchmark_data import load_task
     from quant.benchmark_tasks import benchmarks_named
     from quant.benchmarks import require_harness
@@ -87,6 +87,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     tasks = [load_task(task, arguments.task_data, arguments.limit) for task in benchmarks]
     kept = Measurements(_results_file(arguments))
     model, folder = load_model(arguments.checkpoint)
+    if any(method_of(name).rotation != "none" for name in methods):
+        model, _ = stock_form(model)
     window = arguments.window or min(int(model.config.get_text_config().max_position_embeddings), MOST_TOKENS)
     text = _text(arguments, folder, window)
     calibration = None

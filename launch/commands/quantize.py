@@ -82,19 +82,6 @@ def _method(arguments: argparse.Namespace) -> str:
     return name
 
 
-def _stock(model: Any) -> tuple[Any, str]:
-    """The stock form of one of the project's own networks where there is one, and otherwise a note."""
-    from modeling.decoder import MesokurtForCausalLM
-    from modeling.to_stock import to_stock
-
-    if not isinstance(model, MesokurtForCausalLM):
-        return model, ""
-    try:
-        return to_stock(model), ""
-    except ValueError as error:
-        return model, f"{error}, so the folder is one of this project's and loads where Mesokurt is installed"
-
-
 def _measured_rows(arguments: argparse.Namespace, folder: str, window: int) -> Any:
     """What the loss is measured on, or None where there is nothing."""
     from launch.loading import held_out_rows, load_tokenizer, text_windows
@@ -110,7 +97,7 @@ def _measured_rows(arguments: argparse.Namespace, folder: str, window: int) -> A
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Quantize, measure, save; diagnose first where asked."""
-    from launch.loading import calibration_rows, load_model
+    from launch.loading import calibration_rows, load_model, stock_form
     from quant.bits import Bits
     from quant.fake_quant import rounded_states
     from quant.methods import method_of, prepare_weights
@@ -122,7 +109,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     if arguments.out.exists():
         raise UserError(f"--out {arguments.out} exists already; name a new folder")
     loaded, folder = load_model(arguments.checkpoint)
-    model, note = _stock(loaded)
+    model, note = stock_form(loaded)
     del loaded
     window = arguments.window or min(int(model.config.get_text_config().max_position_embeddings), MOST_TOKENS)
     rows, calibration = _measured_rows(arguments, folder, window), None
