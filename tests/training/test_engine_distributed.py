@@ -1,4 +1,4 @@
-"""Two ranks compute what one process computes: every ZeRO stage, with and without accumulation and clipping."""
+"""Two ranks compute what one process computes under bfloat16 autocast, and skip, clip and load alike. Float32: test_muon_matrix."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from training.objectives.next_token import NextToken
 
 STEPS = 20
 STAGES = (0, 1, 2, 3)
-# On two ranks, micro-batches of 2 are accumulated twice and micro-batches of 4 not at all.
-EXACT = [Case(stage, "fp32", micro, clip) for stage in STAGES for micro in (2, 4) for clip in (None, 0.5)]
 ROUNDED = [Case(stage, "bf16", 2, clip) for stage in STAGES for clip in (None, 0.5)]
 Skip = tuple[bool, bool, float, float]
 
@@ -69,7 +67,7 @@ def _takes_weights(stage: int) -> bool:
 
 
 def _all_on_ranks() -> tuple[dict[Case, Trained], dict[int, Skip], dict[int, bool]]:
-    trained = {case: train(case, STEPS) for case in [*EXACT, *ROUNDED]}
+    trained = {case: train(case, STEPS) for case in ROUNDED}
     whole = {stage: _starts_whole(stage) and _takes_weights(stage) for stage in STAGES}
     return trained, {stage: _skipped_step(stage) for stage in STAGES}, whole
 
@@ -88,19 +86,7 @@ def two_ranks() -> OnRanks:
 def one_process() -> dict[Case, Trained]:
     """The same training without ranks, by case (stage 0)."""
     torch.manual_seed(0)
-    return {case: train(case, STEPS) for case in [*EXACT, *ROUNDED] if case.stage == 0}
-
-
-def distances(found: Trained, wanted: Trained) -> tuple[float, float, float]:
-    """Largest difference of a loss, of a gradient norm (relative), and of a tensor (relative)."""
-    assert found.tensors.keys() == wanted.tensors.keys()
-    losses = max(abs(a - b) for a, b in zip(found.losses, wanted.losses, strict=True))
-    norms = max(abs(a - b) / b for a, b in zip(found.norms, wanted.norms, strict=True))
-    tensors = max(
-        float((found.tensors[key] - tensor).norm() / tensor.norm().clamp_min(1e-12))
-        for key, tensor in wanted.tensors.items()
-    )
-    return losses, norms, tensors
+    return {case: train(case, STEPS) for case in ROUNDED if case.stage == 0}
 
 
 def alone(case: Case) -> Case:
@@ -110,26 +96,13 @@ def alone(case: Case) -> Case:
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("case", EXACT, ids=str)
-def test_two_ranks_equal_one_process_in_float32(
-    case: Case, two_ranks: OnRanks, one_process: dict[Case, Trained]
-) -> None:
-    """Only the order of float32 sums differs: measured 1e-6 in the losses, 1.5e-6 in the norms, 1e-5 in weights and states."""
-    losses, norms, tensors = distances(two_ranks[0][case], one_process[alone(case)])
-    assert losses < 1e-5
-    assert norms < 1e-5
-    assert tensors < 1e-4
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ROUNDED, ids=str)
 def test_two_ranks_equal_one_process_under_bfloat16_autocast(
     case: Case, two_ranks: OnRanks, one_process: dict[Case, Trained]
 ) -> None:
     """A float32 sum in another order may flip one rounding to bfloat16, which grows: measured 5e-7 without a flip, 1e-3 with one."""
-    losses, _, _ = distances(two_ranks[0][case], one_process[alone(case)])
-    assert losses < 2e-3
+    found, wanted = two_ranks[0][case].losses, one_process[alone(case)].losses
+    assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 2e-3
 
 
 @pytest.mark.distributed
