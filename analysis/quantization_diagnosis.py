@@ -79,7 +79,7 @@ def _snr_db(x: Tensor, seen: Tensor) -> float:
 
 def _weight_figures(site: Site, options: Options, bits: int) -> tuple[float, float, float]:
     weight = site.module.weight.detach()
-    return *_tails(weight), _snr_db(weight, options.rule(bits).quantize(weight).dequantize())
+    return *_tails(weight), _snr_db(weight, options.rounding(bits).quantize(weight).dequantize())
 
 
 def _activation_figures(x: Tensor, bits: int, group: int | None) -> tuple[float, float, float]:
@@ -113,7 +113,7 @@ def _states(model: PreTrainedModel, sites: Sequence[Site], rows: Tensor) -> dict
 @contextmanager
 def _rounded_weight(model: PreTrainedModel, site: Site, options: Options, bits: int) -> Iterator[None]:
     with restoring_parameters(model):
-        round_weights([site], options.rule(bits))
+        round_weights([site], options.rounding(bits))
         yield
 
 
@@ -163,7 +163,7 @@ def diagnose(
             if bits.kv != FULL:
                 places += _kv_places(model, sites, seen, bits.kv, lambda within: loss(within) - base)
         with rounded_states(model, bits, prepared.hadamard, roles), restoring_parameters(model):
-            round_weights(sites, options.rule(bits.weights))
+            round_weights(sites, options.rounding(bits.weights))
             rounded = perplexity_of_rows(model, rows, batch_size).nats_per_token
     return Diagnosis(bits, method, base, rounded, tuple(places))
 

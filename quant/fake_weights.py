@@ -13,6 +13,7 @@ from configs.errors import UserError
 from quant.bits import FULL
 from quant.hadamard import hadamard_transform
 from quant.integers import Quantized
+from quant.quantizers import Quantizer
 from quant.restoring import exchange_weight
 from quant.roles import Role, Site
 from quant.weight_clip import WeightRule
@@ -61,8 +62,10 @@ def rotate_ffn_out(sites: Sequence[Site], inverse: bool = False) -> None:
 
 
 @torch.no_grad()
-def round_weights(sites: Sequence[Site], rule: WeightRule, codes: dict[str, Quantized] | None = None) -> None:
-    """Round the sites' weights to nearest (16 bits: as they are); their codes are added to `codes` where given.
+def round_weights(
+    sites: Sequence[Site], rule: WeightRule | Quantizer, codes: dict[str, Quantized] | None = None
+) -> None:
+    """Round the sites' weights to nearest (16 bits: as they are); their integer codes are added to `codes` where given.
 
     The parameter objects are exchanged, not overwritten: what shares a weight with a site (tied embeddings) never sees
     the rounded one. Raises UserError for packed, partitioned or offloaded weights and for groups that do not fit.
@@ -72,7 +75,7 @@ def round_weights(sites: Sequence[Site], rule: WeightRule, codes: dict[str, Quan
     for together in _by_weight(sites):
         quantized = rule.quantize(_wide(together[0].module.weight))
         _exchange_all(together, quantized.dequantize())
-        if codes is not None:
+        if codes is not None and isinstance(quantized, Quantized):
             codes |= dict.fromkeys((site.name for site in together), quantized)
 
 

@@ -12,15 +12,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from configs.errors import UserError
+from modeling.hooks import HookError, build
 from quant.bits import FULL, Bits
 from quant.fake_activations import quantized_activations
 from quant.fake_quant import check_ffn_sizes, rounded_states
 from quant.fake_weights import rotate_ffn_out, round_weights
 from quant.gptq import GPTQSettings
+from quant.hooks import QUANTIZER
 from quant.integers import Quantized
 from quant.layerwise import round_by_gptq
 from quant.learned_rotations import LearningSettings, learn_rotations
 from quant.perplexity import Rows
+from quant.quantizers import Quantizer
 from quant.restoring import restoring_parameters
 from quant.roles import ROLES, Role, find_sites, head_dim_of
 from quant.rotations import Kind, checked_merge, fold_gains, merge, random_rotations
@@ -66,13 +69,15 @@ class Options:
     """How a method does its work.
 
     `group`, `symmetric`, `clip`: the integers of the weights (a scale per so many inputs; None: per output channel; clip
-    search); `gptq`: damping and order of columns; `batch_size`: calibration rows at a time; `rotation`, `seed`: which random
-    rotations; `learning`: how they are learned.
+    search); `format`: another number format for them (a quantizer hook, see `mesokurt hooks`), rounded to nearest; `gptq`:
+    damping and order of columns; `batch_size`: calibration rows at a time; `rotation`, `seed`: which random rotations;
+    `learning`: how they are learned.
     """
 
     group: int | None = None
     symmetric: bool = True
     clip: bool = True
+    format: str = "integer"
     gptq: GPTQSettings = field(default_factory=GPTQSettings)
     batch_size: int = 4
     rotation: Kind = "hadamard"
@@ -82,6 +87,22 @@ class Options:
     def rule(self, bits: int) -> WeightRule:
         """The integers of the weights."""
         return WeightRule(bits, self.symmetric, self.group, self.clip)
+
+    def rounding(self, bits: int) -> WeightRule | Quantizer:
+        """How weights are rounded to nearest; raises UserError for unknown formats and bits that a format does not have."""
+        if self.format == "integer" or bits == FULL:
+            return self.rule(bits)
+        try:
+            found = build(QUANTIZER, {"name": self.format})
+        except HookError as error:
+            raise UserError(str(error), exit_code=2) from None
+        if bits != found.bits:
+            raise UserError(f"format {self.format} has {found.bits} bits, not {bits}", exit_code=2)
+        if self.group is not None or not self.symmetric:
+            raise UserError(
+                f"format {self.format} has its own groups and signs: leave group and symmetric out", exit_code=2
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -157,12 +178,16 @@ def prepare_weights(
     if chosen.hadamard:
         rotate_ffn_out(sites)
     codes: dict[str, Quantized] | None = {} if keep_codes else None
-    rule, notes = options.rule(bits.weights), []
+    rounding, notes = options.rounding(bits.weights), []
+    if chosen.gptq and not isinstance(rounding, WeightRule):
+        raise UserError(f"{method} rounds to integers, not to {options.format}: use a method without GPTQ", exit_code=2)
     if bits.weights != FULL and chosen.gptq:
         with quantized_activations(sites, FULL, head_dim, chosen.hadamard):
-            notes += round_by_gptq(model, sites, rows, rule, options.gptq, options.batch_size, codes)
+            notes += round_by_gptq(
+                model, sites, rows, options.rule(bits.weights), options.gptq, options.batch_size, codes
+            )
     else:
-        round_weights(sites, rule, codes)
+        round_weights(sites, rounding, codes)
     return Prepared(method, chosen.hadamard, tuple(notes), codes or {}, objective)
 
 

@@ -38,11 +38,12 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     from modeling.hooks import INNER_KINDS as INNER
     from modeling.hooks import KINDS as MODEL
     from modeling.hooks import option_types, resolve
+    from quant.hooks import KINDS as QUANT
     from training.hooks import KINDS as TRAINING
 
     outside = _outside(arguments.config) if arguments.config else {}
     catalogue = []
-    for kind in (*MODEL.values(), *INNER.values(), *TRAINING.values(), *PROBES.values()):
+    for kind in (*MODEL.values(), *INNER.values(), *TRAINING.values(), *PROBES.values(), *QUANT.values()):
         print(f"\n{kind.name}: {kind.contract}")
         for name in (*kind.table, *outside.get(kind.name, ())):
             cls = resolve(kind, name)

@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--group-size", type=int, metavar="G", help="inputs that share a weight scale (default: a whole output channel)"
     )
+    add(
+        "--format",
+        default="integer",
+        help="integer, nf4, fp4, mxfp4, nvfp4: how weights are stored (default: %(default)s)",
+    )
     add("--asymmetric", action="store_true", help="weights with a zero point")
     add("--no-clip", action="store_true", help="no search for the best clip ratio of each weight scale")
     add("--act-order", action="store_true", help="GPTQ: columns with the largest inputs first")
@@ -64,6 +69,7 @@ def _options(arguments: argparse.Namespace) -> Any:
         group=arguments.group_size,
         symmetric=not arguments.asymmetric,
         clip=not arguments.no_clip,
+        format=arguments.format,
         gptq=GPTQSettings(arguments.damp, arguments.act_order),
         rotation=arguments.rotation,
         seed=arguments.seed,
