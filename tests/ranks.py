@@ -37,7 +37,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     Raises:
         AssertionError: a rank raised (the message holds the tracebacks, first failure first), died, or took too long.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context(
+        "forkserver"
+    )  # a process that has imported the project once, and nothing else, forks the ranks
+    context.set_forkserver_preload(["tests.training.engines"])
     port = free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     ranks: list[BaseProcess] = []

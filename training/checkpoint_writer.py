@@ -63,6 +63,11 @@ class CheckpointWriter:
         """Whether a save of this rank went wrong since the last `wait`; the next `save` or `wait` tells it on every rank."""
         return self._error is not None
 
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's writer is at work."""
+        return self._thread is not None and self._thread.is_alive()
+
     def reserve(self) -> None:
         """Get the copy's memory in the background; useful once the optimizer has its states, after the first step."""
         if self.overlap and self.engine.is_main and not self._reserved:
