@@ -247,6 +247,19 @@ class OptimSection(Section):
     """Linear warm-up, in steps; a run shorter than that ends on the way up."""
 
 
+class GuardSection(Section):
+    """Protection against leaps of the loss; off unless `spike` is set. Gradients that are not finite never move anything."""
+
+    spike: Annotated[float, Field(gt=0.0)] | None = None
+    """Skip an update whose loss lies this many robust standard deviations above the median of recent good ones; null: never."""
+    window: Annotated[int, Field(ge=8)] = 64
+    """Good losses that count as recent; before there are so many, only a loss that is not finite is a leap."""
+    patience: Positive = 5
+    """Skipped updates in a row after which the run returns to its newest valid checkpoint, with the data behind the last batch."""
+    max_rollbacks: NonNegative = 3
+    """Returns after which the run ends with an error."""
+
+
 class TrainSection(Section):
     """The loop. Batches are in sequences of model.context tokens."""
 
@@ -267,6 +280,7 @@ class TrainSection(Section):
     objective: Hook = hook("next_token")
     log_every: Positive = 1
     """Steps between rows of metrics.jsonl."""
+    guard: GuardSection = GuardSection()
 
 
 class ParallelSection(Section):

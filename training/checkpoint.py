@@ -36,9 +36,10 @@ SHAPE_KEYS = (
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after `step` updates; the data position is the step itself (the sampler is a pure function of it).
+    """Where a run stands after `step` updates; update `step` reads batch `step + data_shift` (the sampler is a pure function of it).
 
-    `unlogged` holds the sums of the losses (means over ranks) of the `unlogged_steps` steps since the last row of the log.
+    `unlogged` holds the sums of the losses (means over ranks) of the `unlogged_steps` steps since the last row of the log. The rest is the
+    loss guard's: how far returns to checkpoints have moved the data, how many they were, bad steps in a row, recent good losses.
     """
 
     step: int
@@ -46,6 +47,10 @@ class Progress:
     skipped: int = 0
     unlogged: dict[str, float] = field(default_factory=dict)
     unlogged_steps: int = 0
+    data_shift: int = 0
+    rollbacks: int = 0
+    bad_streak: int = 0
+    recent_losses: list[float] = field(default_factory=list)
 
 
 def newest_valid(run_dir: Path) -> Path | None:

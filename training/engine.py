@@ -119,19 +119,23 @@ class Engine:
             total += self.experts.squared_norm(self.device)
         return math.sqrt(float(total))
 
-    def step(self) -> float:
-        """Clip the raw gradient, update, clear; returns the norm before clipping (not finite: nothing moved, on any rank)."""
+    def step(self, skip: bool = False) -> float:
+        """Clip the raw gradient, update, clear; returns the norm before clipping.
+
+        With `skip`, or when the norm is not finite, nothing moves, on any rank.
+        """
         norm = self.gradient_norm()
-        factor, good = clip_factor(norm, self.clip_norm), math.isfinite(norm)
+        factor, good = clip_factor(norm, self.clip_norm), math.isfinite(norm) and not skip
         self.optimizer.gradient_factor = factor
         if self.zero is not None:
+            gradients = self.zero.gradients() if not good or self.zero.offloaded() else []
             if not good:  # DeepSpeed looks for overflow itself, but not among the experts
-                for gradient in self.zero.gradients():
+                for gradient in gradients:
                     gradient.fill_(math.nan)
             self.accelerator.deepspeed_engine_wrapped.engine.step()
-            if self.zero.offloaded():  # a parameter that the next step does not use must not find its old gradient
-                for gradient in self.zero.gradients():
-                    gradient.zero_()
+            # A parameter that the next step does not use must not find its old gradient, and ZeRO-3 adds to what a skipped step left.
+            for gradient in gradients:
+                gradient.zero_()
         else:
             if good:
                 self.optimizer.step()

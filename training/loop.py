@@ -11,12 +11,14 @@ import numpy as np
 import torch
 
 from analysis.probes.base import Probe
+from configs.errors import UserError
 from configs.schema import RunConfig
-from training.checkpoint import Progress
+from training.checkpoint import Progress, load_training_state, load_weights
 from training.checkpoint_writer import CheckpointWriter
 from training.data.loader import Loader, document_ids
 from training.data.store import TokenStore
 from training.engine import Engine
+from training.guard import LossGuard, newest_good
 from training.heldout import QuantizedLoss, heldout_loss
 from training.loss_sums import LossSums
 from training.metrics import MetricsLog, Row
@@ -52,6 +54,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.losses = LossSums(self.engine, self.progress.unlogged, self.progress.unlogged_steps)
+        self.guard = self.new_guard()
         self.step_hooks = StepHooks(self.engine)
         self.quantized = QuantizedLoss(self.config, self.engine, self.store)
         if self.quantized.obstacle and self.engine.is_main:
@@ -62,20 +65,24 @@ class Trainer:
     def run(self) -> Progress:
         """Train from where `progress` stands to `train.steps`."""
         self.engine.model.train()
-        for index in range(self.progress.step, self.config.train.steps):
+        while (index := self.progress.step) < self.config.train.steps:
             self.engine.set_lr_factor(self.schedule(index))
             self.step_hooks.before(index, self.config.train.steps)
-            self.forward_backward(index)
-            norm = self.engine.step()
-            self.step_hooks.after(norm)
-            self.count(index + 1, norm)
+            self.forward_backward(index + self.progress.data_shift)
+            leap = self.guard.leaps()
+            norm = self.engine.step(skip=leap)
+            self.step_hooks.after(math.nan if leap else norm)
+            self.count(index + 1, updated=math.isfinite(norm) and not leap)
             self.watchdog.progress()
             row = self.measure(index + 1, norm)
             self.write(row)
             self.watchdog.progress()
+            if self.guard.hopeless:
+                self.roll_back()
+                continue
             self.writer.reserve()
             stopping = self.engine.any(self.stop.requested or self.writer.failed)
-            if stopping or self.due(index + 1, self.config.checkpoint.every):
+            if stopping or self.due_to_save(index + 1):
                 self.save()
                 self.watchdog.progress()
             if stopping:
@@ -95,12 +102,14 @@ class Trainer:
                 self.engine.backward(loss.total, last)
             self.step_hooks.take(loss.statistics)
             self.losses.add(loss.parts, 1.0 / len(batches))
+            self.guard.add(loss.total, 1.0 / len(batches))
 
-    def count(self, step: int, norm: float) -> None:
-        """Advance the run's position; an update that was skipped for a non-finite gradient is counted as such."""
+    def count(self, step: int, updated: bool) -> None:
+        """Advance the run's position; an update that was skipped is counted as such."""
         per_step = self.config.train.global_batch * self.config.model.context
-        skipped = self.progress.skipped + (0 if math.isfinite(norm) else 1)
-        self.progress = Progress(step, step * per_step, skipped)
+        skipped = self.progress.skipped + (not updated)
+        self.progress = replace(self.progress, step=step, tokens=step * per_step, skipped=skipped)
+        self.guard.count(updated)
         self.losses.steps += 1
         self._timed_steps += 1
 
@@ -110,7 +119,9 @@ class Trainer:
 
     def measure(self, step: int, norm: float) -> Row:
         """The row of this step: empty unless something is due."""
-        row: Row = {}
+        row: Row = dict(self.guard.row)
+        if row:
+            self.bar.note(f"step {step}: update skipped, its loss leaps: {row}")
         if self.due(step, self.config.train.log_every):
             row |= self.training_row(norm)
         quantized = self.config.eval.quantized_every is not None and step % self.config.eval.quantized_every == 0
@@ -162,6 +173,48 @@ class Trainer:
                 self.log.write(whole)
             self.bar.show(whole)
 
+    def due_to_save(self, step: int) -> bool:
+        """Whether a checkpoint is due; never of weights that the guard may be about to give up, unless they are the last."""
+        return self.due(step, self.config.checkpoint.every) and (
+            self.guard.streak == 0 or not self.guard.on or step == self.config.train.steps
+        )
+
     def save(self) -> None:
-        """Begin a checkpoint of this moment; it is written while training goes on."""
-        self.writer.save(replace(self.progress, unlogged=self.losses.reduced(), unlogged_steps=self.losses.steps))
+        """Write a checkpoint of this moment."""
+        progress = self.guard.noted(self.progress)
+        self.writer.save(replace(progress, unlogged=self.losses.reduced(), unlogged_steps=self.losses.steps))
+
+    def new_guard(self) -> LossGuard:
+        """The guard as it stood at the current position."""
+        place = self.progress
+        return LossGuard(self.engine, self.config.train.guard, place.recent_losses, place.bad_streak)
+
+    def roll_back(self) -> None:
+        """Go back to the newest valid checkpoint; the data goes on behind the last batch that was read.
+
+        Raises:
+            UserError: there is no checkpoint, or the run has gone back often enough.
+        """
+        self.writer.wait()
+        folder, reached = newest_good(self.run_dir.path), self.guard.noted(self.progress)
+        if folder is None or not self.engine.same(int(folder.name.removeprefix("step-"))):
+            raise UserError(
+                f"train.guard: {self.guard.streak} bad updates in a row up to step {reached.step} and no checkpoint to return to; "
+                "set checkpoint.every, or lower optim.lr"
+            )
+        load_weights(folder, self.engine)
+        self.progress = self.guard.behind(reached, load_training_state(folder, self.engine))
+        self.guard, place = self.new_guard(), self.progress
+        self.losses = LossSums(self.engine, place.unlogged, place.unlogged_steps)
+        if self.log is not None:
+            self.log.rewind(place.step)
+        self.bar.note(
+            f"step {reached.step}: {reached.bad_streak} bad updates in a row; back to {folder.name} (return {place.rollbacks}), "
+            f"{reached.step - place.step} batches left out"
+        )
+        # The row belongs to the first step after: a run resumed from this very checkpoint goes through all of this again.
+        row = {"step": place.step + 1, "tokens": place.tokens, "guard/rolled_back_from": reached.step}
+        row |= {"guard/rollbacks": place.rollbacks, "guard/data_shift": place.data_shift}
+        if self.log is not None:
+            self.log.write(row)
+        self.watchdog.progress()

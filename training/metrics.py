@@ -31,15 +31,8 @@ class MetricsLog:
     """One row per logged step; on resume, rows after the resumed step are dropped, so that the file reads like one run."""
 
     def __init__(self, config: RunConfig, folder: Path, resumed_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        partial.replace(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
+        self._open(resumed_step)
         self._wandb = None
         if importlib.util.find_spec("wandb") is not None:
             import wandb
@@ -48,6 +41,23 @@ class MetricsLog:
             self._wandb = wandb.init(
                 name=config.run.name, dir=str(folder), config=to_tree(config), mode=mode, resume="allow"
             )
+
+    def _open(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        partial.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        folder = str(self.path.parent / "tensorboard")
+        self._board = SummaryWriter(folder, purge_step=step + 1 if step else None)
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`: the run went back."""
+        self._file.close()
+        self._board.close()
+        self._open(step)
 
     def write(self, row: Row) -> None:
         """Append one row; lists (per-layer values) go to the file only. Non-finite numbers are written as text, which JSON lacks."""

@@ -40,6 +40,13 @@ class ProgressBar:
             left = (now - self._begin) / max(1, done - self.start) * (self.steps - done)
             print(f"step {done}/{self.steps}: {text}, {left:.0f} s left", flush=True)
 
+    def note(self, text: str) -> None:
+        """Say something that a person should read."""
+        if self.bar is not None:
+            self.bar.write(text)
+        elif self.visible:
+            print(text, flush=True)
+
     def close(self) -> None:
         """Leave the bar as it stands."""
         if self.bar is not None:

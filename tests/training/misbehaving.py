@@ -6,11 +6,13 @@ import os
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from configs.errors import UserError
+from training.data.samplers import Shuffled
 from training.objectives.loss import Loss
 from training.objectives.next_token import NextToken
 
@@ -58,3 +60,25 @@ class TellsTimeouts(_FromThirdStep):
         groups = distributed_c10d._world.pg_map
         timeouts = {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
         raise UserError(f"{'several groups' if len(groups) > 1 else 'one group'}, timeouts {sorted(timeouts)}")
+
+
+class PoisonousBatches(NextToken):
+    """A hundredfold loss on micro-batches whose tokens have one of the given sums."""
+
+    def __init__(self, sums: list[int]) -> None:
+        super().__init__()
+        self.sums = sums
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
+        loss = super().__call__(model, batch)
+        if int(batch["tokens"].sum()) not in self.sums:
+            return loss
+        return Loss(loss.total * 100, {name: part * 100 for name, part in loss.parts.items()}, loss.statistics)
+
+
+class ShuffledWithoutFive(Shuffled):
+    """The shuffled order without the batches of steps 10 to 14."""
+
+    def indices(self, step: int, global_batch: int) -> np.ndarray:
+        """Row numbers of the step, or of the one five later."""
+        return super().indices(step + 5 * (step >= 10), global_batch)
