@@ -22,6 +22,7 @@ from modeling.config import MesokurtConfig
 from modeling.folders import valid_checkpoints
 from training.engine import Engine
 from training.random_state import restore_random_state
+from training.watchdog import is_peer_loss
 
 logger = logging.getLogger("mesokurt")
 SHAPE_KEYS = (
@@ -111,6 +112,8 @@ def load_weights(folder: Path, engine: Engine) -> None:
                 _same_kind(_kind(stored, name), entry, f"{what}: {name}")
             engine.load_weights(stored.get_tensor)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        if is_peer_loss(error):
+            raise
         raise UserError(f"checkpoint {folder}: model.safetensors cannot be read ({error})") from None
 
 
