@@ -3,4 +3,5 @@
 REPRODUCTIONS = {
     "osp": "launch.reproductions.osp",
     "dense_to_sparse": "launch.reproductions.dense_to_sparse",
+    "sparse_unified": "launch.reproductions.sparse_unified",
 }

@@ -55,7 +55,11 @@ def test_training_goes_on_without_a_jump(dense: Path, tmp_path: Path, optimizer:
     AdamW works element by element, so with its moments cut along the network keeps to the dense run (only the routers are new). Muon
     orthogonalizes each expert's matrix by itself: other updates, from the same start.
     """
-    run = dense if optimizer == "muon" else train_in(dense.parent, "adam", "optim.name=adamw", "checkpoint.every=3")
+    run = (
+        dense
+        if optimizer == "muon"
+        else train_in(dense.parent, "adam", "optim.name=adamw", "optim.lr=1e-3", "checkpoint.every=3")
+    )
     result = convert(str(run), 3, Request(Cut(4, 4)), tmp_path / "moe")
     pretrain(load_config(result["config"]))
     before = {row["step"]: row["loss"] for row in rows(run)}
