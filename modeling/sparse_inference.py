@@ -1,0 +1,165 @@
+"""Decoding one token at a time on a CPU, reading only the weights of active neurons.
+
+A batch-1 decode step is bound by reading weights. Where the activation is exactly zero the neuron's other rows need not be read:
+
+    plain FFN:  W_up x dense, W_down sparse                      at most 2 / (1 + a) times as fast, a = active share
+    gated FFN:  W_gate x dense, W_up and W_down sparse           at most 3 / (1 + 2 a)
+    predicted:  a low-rank predictor first, all matrices sparse  at most 1 / (a + p), p = predictor's share of the weights
+
+Rows of W_up and W_gate and (transposed once) of W_down^T lie contiguous. Longer inputs (prompts, batches) take the dense way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .ffn_gated import GatedFFN
+from .ffn_mlp import MLP
+from .hooks import HookError
+
+ELEMENTWISE = ("ReLU", "ReLU2", "JumpReLU", "SiLU", "GELU")
+"""Activations that may be applied to some neurons only, as predicted masks need."""
+
+
+class LowRankPredictor(nn.Module):
+    """Which neurons will be active: `U (V x) > bias`, of rank r. `[D] -> neuron numbers [A]`."""
+
+    inner: Tensor
+    outer: Tensor
+    bias: Tensor
+
+    def __init__(self, inner: Tensor, outer: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("inner", inner)
+        self.register_buffer("outer", outer)
+        self.register_buffer("bias", bias)
+
+    @classmethod
+    def fit(cls, weight: Tensor, inputs: Tensor, rank: int, recall: float = 0.99) -> LowRankPredictor:
+        """The best rank-r copy of `weight` `[F, D]` on `inputs` `[N, D]`, and a bias that keeps `recall` of the active neurons.
+
+        With C = E[x x'], `W C^(1/2) = U S V'` cut at r gives the least expected error of W x.
+
+        Raises:
+            HookError: rank not in 1..min(F, D), or recall not in (0, 1].
+        """
+        if not 1 <= rank <= min(weight.shape) or not 0.0 < recall <= 1.0:
+            raise HookError(f"predictor: rank {rank} must be in 1..{min(weight.shape)}, recall {recall} in (0, 1]")
+        x, w = inputs.double(), weight.detach().double()
+        values, vectors = torch.linalg.eigh(x.t() @ x / len(x))
+        root = values.clamp_min(float(values.max()) * 1e-10).sqrt()
+        u, s, v = torch.linalg.svd(w @ (vectors * root), full_matrices=False)
+        inner = v[:rank] / root @ vectors.t()
+        outer = u[:, :rank] * s[:rank]
+        predicted, active = x @ inner.t() @ outer.t(), x @ w.t() > 0
+        bias = predicted[active].quantile(1.0 - recall) if bool(active.any()) else torch.zeros(())
+        return cls(inner.to(weight.dtype), outer.to(weight.dtype), bias.to(weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Numbers of the neurons predicted active for one token `[D]`."""
+        return (self.outer @ (self.inner @ x) > self.bias).nonzero().squeeze(1)
+
+
+class SparseFFN(nn.Module):
+    """A trained FFN for decoding. `[B, T, D] -> [B, T, D]`; for a single token only active neurons are read.
+
+    Without threshold and predictor the result is the dense one up to the order of sums.
+
+    Args:
+        dense: the FFN whose weights are used (W_gate and W_up shared, W_down transposed).
+        threshold: also leave out neurons that contribute less, `|h_i| ||W_down[:, i]|| < threshold` (CETT's eps of the layer).
+        predictor: which neurons to compute at all; those that it misses are lost.
+    """
+
+    paper = "arXiv 2411.02335, 2110.08232"
+
+    first: Tensor
+    second: Tensor | None
+    predictor: LowRankPredictor | None
+    down_rows: Tensor
+    norms: Tensor
+    start: Tensor
+
+    def __init__(
+        self, dense: GatedFFN | MLP, threshold: float = 0.0, predictor: LowRankPredictor | None = None
+    ) -> None:
+        super().__init__()
+        if type(dense) not in (GatedFFN, MLP):
+            raise HookError(f"{type(dense).__name__} has no sparse decode path; swiglu and mlp have")
+        if predictor is not None and type(dense.act_fn).__name__ not in ELEMENTWISE:
+            raise HookError(f"{type(dense.act_fn).__name__} needs all neurons of a token; a predictor cannot be used")
+        if threshold < 0.0:
+            raise HookError(f"threshold {threshold}: must be at least 0")
+        self.act_fn, self.threshold, self.predictor = dense.act_fn, threshold, predictor
+        inner = [dense.gate_proj, dense.up_proj] if isinstance(dense, GatedFFN) else [dense.up_proj]
+        self.first = inner[0].weight
+        self.second = inner[1].weight if len(inner) > 1 else None
+        down = dense.down_proj.weight.detach()
+        self.register_buffer("down_rows", down.t().contiguous())
+        self.register_buffer("norms", down.norm(dim=0))
+        self.register_buffer("start", torch.zeros(1, dtype=torch.long, device=down.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to each position."""
+        if x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+            return self.decode(x.flatten()).view_as(x)
+        hidden = self.act_fn(F.linear(x, self.first))
+        if self.second is not None:
+            hidden = hidden * F.linear(x, self.second)
+        if self.threshold:
+            hidden = torch.where(hidden.abs() * self.norms >= self.threshold, hidden, 0.0)
+        return hidden @ self.down_rows
+
+    def active(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers `[A]` and activations `[A]` of the neurons that one token `[D]` needs."""
+        if self.predictor is None:
+            activated = self.act_fn(self.first @ x)
+            index = activated.nonzero().squeeze(1)
+            hidden = activated.index_select(0, index)
+        else:
+            index = self.predictor(x)
+            hidden = self.act_fn(self.first.index_select(0, index) @ x)
+        if self.second is not None:
+            hidden = hidden * (self.second.index_select(0, index) @ x)
+        if self.threshold:
+            kept = hidden.abs() * self.norms.index_select(0, index) >= self.threshold
+            index, hidden = index[kept], hidden[kept]
+        return index, hidden
+
+    def decode(self, x: Tensor) -> Tensor:
+        """One token `[D] -> [D]`: a weighted sum of rows of W_down^T, gathered and added in one pass."""
+        index, hidden = self.active(x)
+        return F.embedding_bag(index, self.down_rows, self.start, mode="sum", per_sample_weights=hidden).squeeze(0)
+
+
+def sparsify(
+    model: nn.Module, thresholds: list[float] | None = None, predictors: list[LowRankPredictor] | None = None
+) -> None:
+    """Let every layer `model.layers.N.mlp` of a causal LM decode sparsely, in place; `generate` then does.
+
+    Raises:
+        HookError: an FFN without a sparse path, an activation that is never zero without a threshold, or lists of another length.
+    """
+    layers: Any = model.get_submodule("model.layers")
+    for name, values in (("thresholds", thresholds), ("predictors", predictors)):
+        if values is not None and len(values) != len(layers):
+            raise HookError(f"{len(values)} {name} for {len(layers)} layers")
+    replaced = []
+    for index, layer in enumerate(layers):
+        threshold = 0.0 if thresholds is None else thresholds[index]
+        predictor = None if predictors is None else predictors[index]
+        activation = getattr(layer.mlp, "act_fn", None)
+        if (
+            activation is not None
+            and not threshold
+            and predictor is None
+            and float(activation(torch.tensor([-1.0]))) != 0.0
+        ):
+            raise HookError(f"{type(activation).__name__} is never exactly zero; give thresholds (CETT) or predictors")
+        replaced.append(SparseFFN(layer.mlp, threshold, predictor))
+    for layer, ffn in zip(layers, replaced, strict=True):
+        layer.mlp = ffn
