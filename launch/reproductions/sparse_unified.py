@@ -95,12 +95,7 @@ def probe_criteria() -> list[Criterion]:
 
 
 def reproduce(folder: Path, quick: bool) -> list[Criterion]:
-    """P1 (split, freeze, adapt), P2 (two towers), P3 (probes); `quick` takes one seed and fewer steps of the same."""
-    if quick:
-        found = {0: adapt(0, train_steps=900, tune_steps=500)}
-        return [*adaptation_criteria(found), *tower_criteria((0,), 700), *probe_criteria()]
-    return [
-        *adaptation_criteria({seed: adapt(seed) for seed in SEEDS}),
-        *tower_criteria(SEEDS, 2000),
-        *probe_criteria(),
-    ]
+    """P1 (split, freeze, adapt), P2 (two towers), P3 (probes); `quick` takes one seed, and trains the towers for fewer steps."""
+    seeds, tower_steps = (SEEDS[:1], 700) if quick else (SEEDS, 2000)
+    adapted = adaptation_criteria({seed: adapt(seed) for seed in seeds})
+    return [*adapted, *tower_criteria(seeds, tower_steps), *probe_criteria()]
