@@ -8,6 +8,7 @@ PROBES = {
     "kurtosis": "analysis.probes.kurtosis:Kurtosis",
     "router": "analysis.probes.router:RouterTelemetry",
     "activation_histogram": "analysis.probes.histogram:ActivationHistogram",
+    "activation_sparsity": "analysis.probes.activation_sparsity:ActivationSparsity",
     "width_pruning": "analysis.probes.pruning:WidthPruning",
     "depth_pruning": "analysis.probes.pruning:DepthPruning",
 }

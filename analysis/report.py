@@ -7,6 +7,7 @@ from pathlib import Path
 from analysis import report_sections as sections
 from analysis.report_data import read_run
 from analysis.report_html import page
+from analysis.report_sparsity import activation_sparsity
 from configs.errors import UserError
 
 PAGE = "report.html"
@@ -27,6 +28,7 @@ def write_report(run_dir: str | Path) -> Path:
         sections.loss,
         sections.kurtosis,
         sections.histogram,
+        activation_sparsity,
         sections.ladder,
         sections.receipt,
     )

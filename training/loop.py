@@ -159,11 +159,7 @@ class Trainer:
         rows = np.arange(engine.rank, count, engine.world_size) if count > engine.rank else np.zeros(1, dtype=np.int64)
         tokens = self.store.rows("held_out", rows)[:, :-1].to(engine.device)
         with torch.compiler.set_stance("force_eager"):  # compiled code would not see the probe's hooks
-            for part in tokens.split(self.config.train.micro_batch):
-                probe.observe(engine.module, part)
-        found = probe.compute()
-        probe.reset()
-        return found
+            return probe.measure(engine.module, list(tokens.split(self.config.train.micro_batch)))
 
     def write(self, row: Row) -> None:
         """Log a row that has anything in it."""

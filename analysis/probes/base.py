@@ -79,6 +79,17 @@ class Probe(Metric):
         """`update` under the name that training calls it by."""
         self.update(model, tokens)
 
+    def measure(self, model: nn.Module, batches: list[Tensor]) -> Found:
+        """One whole measurement: observe this rank's batches `[B, T]`, reduce over ranks, start anew.
+
+        A probe that needs several passes overrides this; every rank must run the same number of forwards.
+        """
+        for batch in batches:
+            self.observe(model, batch)
+        found: Found = self.compute()
+        self.reset()
+        return found
+
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
         """Replace each state by its reduction over ranks: one all-reduce per kind, where torchmetrics gathers each state."""
         by_operator: dict[Any, list[str]] = {}

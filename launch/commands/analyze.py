@@ -90,9 +90,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         rows = held_out_rows(arguments.checkpoint, arguments.rows).rows
     found: dict[str, Any] = {}
     for probe in probes:
-        for part in rows[: arguments.rows, :-1].split(8):
-            probe.observe(model, part)
-        found |= probe.compute()
+        found |= probe.measure(model, list(rows[: arguments.rows, :-1].split(8)))
     for key, value in found.items():
         shown = " ".join(f"{v:.3f}" for v in value) if isinstance(value, list) and len(value) <= 64 else value
         print(f"{key}: {shown if not isinstance(shown, list) else f'{len(shown)} values (see --json)'}")

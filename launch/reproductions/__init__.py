@@ -2,6 +2,7 @@
 
 REPRODUCTIONS = {
     "osp": "launch.reproductions.osp",
+    "sparsing_law": "launch.reproductions.sparsing_law",
     "dense_to_sparse": "launch.reproductions.dense_to_sparse",
     "sparse_unified": "launch.reproductions.sparse_unified",
 }
