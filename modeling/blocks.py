@@ -26,9 +26,9 @@ class PreNormBlock(GradientCheckpointingLayer):
         )
         self.mlp: nn.Module = build(KINDS["ffn"], config.ffn, config=config, layer=layer)
 
-    def feed_forward(self, x: Tensor) -> tuple[Tensor, Auxiliary]:
-        """The FFN's output and what it wants recorded (nothing, for most)."""
-        result = self.mlp(x)
+    def feed_forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Auxiliary]:
+        """The FFN's output and what it wants recorded (nothing, for most); one that says `sees_mask` gets attention's mask, too."""
+        result = self.mlp(x, mask) if getattr(self.mlp, "sees_mask", False) else self.mlp(x)
         return result if isinstance(result, tuple) else (result, {})
 
     def forward(
@@ -36,7 +36,7 @@ class PreNormBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Auxiliary]:
         """One layer."""
         x = x + self.self_attn(self.input_layernorm(x), angles, mask, cache)
-        update, auxiliary = self.feed_forward(self.post_attention_layernorm(x))
+        update, auxiliary = self.feed_forward(self.post_attention_layernorm(x), mask)
         return x + update, auxiliary
 
 
@@ -49,5 +49,5 @@ class ParallelBlock(PreNormBlock):
         self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, Auxiliary]:
         """One layer."""
-        update, auxiliary = self.feed_forward(self.post_attention_layernorm(x))
+        update, auxiliary = self.feed_forward(self.post_attention_layernorm(x), mask)
         return x + self.self_attn(self.input_layernorm(x), angles, mask, cache) + update, auxiliary

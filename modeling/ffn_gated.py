@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .config import MesokurtConfig
@@ -10,7 +12,7 @@ from .linear import ResidualWriter
 
 
 class GatedFFN(nn.Module):
-    """`W_down( act(W_gate x) * W_up x )`, no biases. `[B, T, D] -> [B, T, D]`."""
+    """`W_down( act(W_gate x) * W_up x )`, no biases. `[B, T, D] -> [B, T, D]`, with the activation's named values if it has any."""
 
     paper = "arXiv 2002.05202"
 
@@ -20,7 +22,11 @@ class GatedFFN(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = ResidualWriter(config.intermediate_size, config.hidden_size)
         self.act_fn = build(KINDS["activation"], config.activation, width=config.intermediate_size)
+        self.sees_mask = getattr(self.act_fn, "sees_mask", False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to each position."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+        """Apply to each position; `mask` (attention's) only matters to an activation that sees it."""
+        if self.sees_mask:
+            gate, auxiliary = self.act_fn(self.gate_proj(x), mask)
+            return self.down_proj(gate * self.up_proj(x)), auxiliary
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))

@@ -27,6 +27,7 @@ ACTIVATIONS = {
     "crrelu": ".activation_crrelu:CRReLU",
     "jumprelu": ".activation_thresholds:JumpReLU",
     "topk": ".activation_thresholds:TopK",
+    "delta": ".delta_activation:Delta",
 }
 FFNS = {
     "swiglu": ".ffn_gated:GatedFFN",
@@ -73,7 +74,12 @@ KINDS = {
     kind.name: kind
     for kind in (
         HookKind("norm", NORMS, ("width", "eps"), "[..., D] -> [..., D]"),
-        HookKind("activation", ACTIVATIONS, ("width",), "[..., F] -> [..., F], each token by itself"),
+        HookKind(
+            "activation",
+            ACTIVATIONS,
+            ("width",),
+            "[..., F] -> [..., F]; one with `sees_mask` also gets attention's mask and returns named values beside",
+        ),
         HookKind("ffn", FFNS, ("config", "layer"), "[B, T, D] -> [B, T, D], or (that, named auxiliary values)"),
         HookKind(
             "embedding",

@@ -25,10 +25,12 @@ def _spec(hook: HookSpec) -> dict[str, Any]:
 
 
 def check_hooks(config: RunConfig) -> None:
-    """Resolve every hook and 4-bit method that the config names and check the options.
+    """Resolve every hook and 4-bit method that the config names, check the options, and ask each hook whether it fits the run.
+
+    A hook class may define `check_run(config) -> str | None`: why it cannot be used in this run.
 
     Raises:
-        ConfigError: unknown hook or option (near names are listed), or an option of the wrong type.
+        ConfigError: unknown hook or option (near names are listed), an option of the wrong type, or a run that the hook refuses.
     """
     model_hooks = [(f"model.{name}", kind, getattr(config.model, name)) for name, kind in KINDS.items()]
     named: list[tuple[str, HookKind, HookSpec]] = [
@@ -41,9 +43,12 @@ def check_hooks(config: RunConfig) -> None:
     ]
     for key, kind, hook in named:
         try:
-            check(kind, hook.name, hook.options)
+            cls = check(kind, hook.name, hook.options)
         except HookError as error:
             raise ConfigError(f"{key}: {error}") from None
+        reason = cls.check_run(config) if hasattr(cls, "check_run") else None
+        if reason:
+            raise ConfigError(f"{key}: {kind.name} {hook.name!r} {reason}")
     for name in config.eval.methods:
         try:
             method_of(name)

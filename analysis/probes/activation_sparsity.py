@@ -14,7 +14,7 @@ from analysis.probes.activations import sample
 from analysis.probes.base import Found, Probe
 from analysis.probes.cett import GRID, SCORE_BINS, Calibration, grid, largest_error, score_bins, truncation
 from analysis.probes.ffn_neurons import column_norms, ffn_layers, watched, wide
-from analysis.probes.pruned_loss import ByContribution, ByRank, ByScore, pruned_loss
+from analysis.probes.pruned_loss import ByContribution, ByRank, ByScore, Rule, pruned_loss
 from configs.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -169,7 +169,10 @@ class ActivationSparsity(Probe):
             "loss": dense,
         }
         if self.compare:
-            rules = {"fat": ByScore(calibration.score_threshold(best["active"])), "topk": ByRank(best["active"])}
+            rules: dict[str, Rule] = {
+                "fat": ByScore(calibration.score_threshold(best["active"])),
+                "topk": ByRank(best["active"]),
+            }
             for name, rule in rules.items():
                 other = pruned_loss(model, batches, rule)
                 found |= {f"{name}/loss": other["loss"], f"{name}/active": other["active"]}

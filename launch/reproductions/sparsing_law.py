@@ -169,14 +169,18 @@ def reproduce(folder: Path, quick: bool) -> list[Criterion]:
     criteria = law_criteria()
     write_byte_tokenizer(folder / "bytes")
     if quick:
-        found = measure("relu", 0, folder, steps=150)
-        losses = found["at_share"][1]
+        short = measure("relu", 0, folder, steps=150)
+        losses = short["at_share"][1]
         best = losses["cett"] < min(losses["fat"], losses["topk"])
-        near = abs(math.log(found["ratio"]) - math.log(1.01)) <= 1e-3
+        near = abs(math.log(short["ratio"]) - math.log(1.01)) <= 1e-3
         return [
             *criteria,
             Criterion("CETT has the lowest loss at equal active share", losses, "cett < fat and cett < topk", best),
-            Criterion("CETT-PPL-1% raises perplexity by 1%", found["ratio"], "1.01 +- 0.001", near),
+            Criterion("CETT-PPL-1% raises perplexity by 1%", short["ratio"], "1.01 +- 0.001", near),
         ]
-    runs = {name: {seed: measure(name, seed, folder, steps=1200) for seed in SEEDS} for name in ("relu", "silu")}
+    runs: dict[str, dict[int, dict[str, Any]]] = {"relu": {}, "silu": {}}
+    for seed in SEEDS:
+        for name, found in runs.items():
+            found[seed] = measure(name, seed, folder, steps=1200)
+            print(f"{name} seed {seed}: {found[seed]}", flush=True)
     return [*criteria, *metric_criteria(runs["relu"]), *trend_criteria(runs["relu"], runs["silu"])]

@@ -187,7 +187,7 @@ def test_two_ranks_with_half_the_rows_each_find_what_one_process_finds() -> None
 def test_options_out_of_range_and_networks_without_neurons_are_one_line() -> None:
     for options in ({"p": 0.0}, {"p": -1.0}, {"c": 1.5}, {"rows": 0}, {"max_tokens": 0}, {"p": None, "compare": True}):
         with pytest.raises(ConfigError, match="activation_sparsity"):
-            ActivationSparsity(**options)  # type: ignore[arg-type]
+            ActivationSparsity(**options)
     with pytest.raises(UserError, match=r"layer 0 is a MoE, not a dense"):
         ActivationSparsity().measure(decoder(ffn="moe"), [tokens(1, 4)])
 
