@@ -32,6 +32,7 @@ ACTIVATIONS = {
 FFNS = {
     "swiglu": ".ffn_gated:GatedFFN",
     "mlp": ".ffn_mlp:MLP",
+    "predicted_mask": ".ffn_predicted_mask:PredictedMaskFFN",
     "moe": ".ffn_moe:MoE",
 }
 EMBEDDINGS = {

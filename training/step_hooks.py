@@ -6,6 +6,7 @@ A module anywhere in the network may define
 - `after_step(reduce, *sums)`: after the optimizer's step; `reduce(tensor)` sums a tensor over all ranks in place;
 - `collects = ("name", ...)`: statistics that its layer returns beside its output and that `after_step` wants as `sums`, added up over
   the update's micro-batches and over all ranks.
+- `held = ("name", ...)`: its own parameters that the next update leaves as they are (set it in `before_step`).
 
 What such a module keeps lives in persistent buffers, equal on every rank; checkpoints hold them with the weights.
 """
@@ -27,6 +28,7 @@ class StepHooks:
 
     def __init__(self, engine: Engine) -> None:
         modules: list[Any] = list(engine.module.modules())
+        self.holders = [(name, m) for name, m in engine.module.named_modules() if hasattr(m, "held")]
         self.engine = engine
         self.early = [module for module in modules if callable(getattr(module, "before_step", None))]
         self.late = [module for module in modules if callable(getattr(module, "after_step", None))]
@@ -41,6 +43,7 @@ class StepHooks:
         self.sums = {}
         for module in self.early:
             module.before_step(step, steps)
+        self.engine.optimizer.held = {f"{name}.{leaf}" for name, module in self.holders for leaf in module.held}
 
     def take(self, statistics: dict[str, Tensor]) -> None:
         """Add one micro-batch's statistics `[layers, ...]`, those that somebody collects."""

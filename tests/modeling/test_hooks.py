@@ -66,7 +66,8 @@ def test_every_table_entry_resolves_builds_and_trains(kind: HookKind, name: str)
     assert isinstance(resolve(kind, name), type)
     assert (resolve(kind, name).__doc__ or "").strip()
     model, ids = small_model("sdpa", **{kind.name: name}).train(), tokens(2, 8)
-    loss = model(ids, labels=ids).loss
+    output = model(ids, labels=ids)
+    loss = output.loss + sum(v for name_, v in (output.auxiliary or {}).items() if name_.startswith("loss/"))
     loss.backward()
     assert torch.isfinite(loss)
     gradients = {n: p.grad for n, p in model.named_parameters()}

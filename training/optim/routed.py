@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, ClassVar
@@ -57,6 +57,7 @@ class RoutedOptimizer(torch.optim.Optimizer):
         self.layout = Layout(sizes, {id(r.parameter): r.name for r in routes})
         self.updates: dict[str, Callable[[dict[str, Any], list[Tensor]], None]] = {"adamw": self._adamw}
         self.gradient_factor = 1.0
+        self.held: set[str] = set()  # parameters that the next step leaves as they are (their states go on)
         self.device: torch.device | None = None  # where matrices are exchanged and worked on; None: where they are
 
     @classmethod
@@ -89,14 +90,25 @@ class RoutedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Multiply gradients by `gradient_factor` (the engine's clipping), then update every tensor that has one."""
+        """Multiply gradients by `gradient_factor` (the engine's clipping), then update every tensor that has one; `held` stay."""
         assert closure is None, "closures are not supported"
+        kept = [(values, values.clone()) for values in self._held_values()]
         for group in self.param_groups:
             tensors = [p for p in group["params"] if p.grad is not None]
             if tensors and self.gradient_factor != 1.0:
                 torch._foreach_mul_([p.grad for p in tensors], self.gradient_factor)
             if tensors:
                 self.updates[group["algorithm"]](group, tensors)
+        for values, before in kept:
+            values.copy_(before)
+
+    def _held_values(self) -> Iterator[Tensor]:
+        """Where the held parameters lie, whole or in this rank's shards."""
+        if self.held:
+            for tensor in (p for group in self.param_groups for p in group["params"]):
+                for part in self.layout.slices(tensor):
+                    if part.name in self.held:
+                        yield tensor.view(-1)[part.offset : part.offset + part.stop - part.start]
 
     def _adamw(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
         """Decoupled-decay Adam (Loshchilov & Hutter 2019), torch's own kernel."""

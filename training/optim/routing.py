@@ -110,7 +110,8 @@ def route(model: nn.Module, algorithms: Mapping[Role, str], split_heads: bool = 
         role = role_of(name, module, parameter)
         shape, algorithm = whole_shape(parameter), algorithms[role]
         blocks = _blocks(module, parent, name, shape, split_heads) if algorithm == "muon" else None
-        routes.append(Route(name, parameter, shape, role, algorithm, len(shape) >= 2, blocks))
+        decayed = len(shape) >= 2 and name.rpartition(".")[2] not in getattr(module, "undecayed", ())
+        routes.append(Route(name, parameter, shape, role, algorithm, decayed, blocks))
     for algorithm in sorted(set(algorithms.values())):
         if algorithm == "muon" and not any(r.algorithm == "muon" for r in routes):
             raise ConfigError("optimizer routing: no matrix would be trained by muon; check the model's module types")
