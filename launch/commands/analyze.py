@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, UserError
 
 EXAMPLE = (
     "mesokurt analyze --rotation-test configs/osp-1.4b.yaml    # or: mesokurt analyze runs/quickstart --probes kurtosis"
@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=16, help="rows to read (default: %(default)s)")
     parser.add_argument(
         "--rotation-test", metavar="CONFIG", help="does this config's network and optimizer privilege any channel?"
+    )
+    parser.add_argument(
+        "--search-activation",
+        action="store_true",
+        help="instead of probes: per layer, where the activation's inputs lie and the CRReLU eps that EAFO suggests",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the rotation test")
 
@@ -71,6 +76,21 @@ def _probes(names: str, options: dict[str, Any]) -> list[Any]:
         raise ConfigError(str(error)) from None
 
 
+def _search(model: Any, folder: str, rows: Any) -> tuple[dict[str, Any], int]:
+    from launch.activation_search import search_activation
+
+    try:
+        layers = search_activation(model, rows)
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from None
+    for index, layer in enumerate(layers):
+        print(f"layer {index}: " + ", ".join(f"{name} {value:.3f}" for name, value in layer.items()))
+    print(
+        "activation crrelu with eps_init near suggested_eps adds the correction; it acts where |input| is about 1 (near_one)"
+    )
+    return {"checkpoint": folder, "layers": layers}, 0
+
+
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Print what the probes find, or the verdict of the rotation test."""
     if arguments.rotation_test:
@@ -88,6 +108,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         rows = text_windows(load_tokenizer(folder), arguments.text, window).rows
     else:
         rows = held_out_rows(arguments.checkpoint, arguments.rows).rows
+    if arguments.search_activation:
+        return _search(model, folder, rows[: arguments.rows, :-1])
     found: dict[str, Any] = {}
     for probe in probes:
         found |= probe.measure(model, list(rows[: arguments.rows, :-1].split(8)))
