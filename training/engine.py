@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from configs.schema import RunConfig
 from modeling.decoder import MesokurtForCausalLM
@@ -291,6 +292,7 @@ class Engine:
                         target.copy_(read(f"{kind}/{part.name}").flatten()[part.start : part.stop])
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group; models that this process loads from now on are whole, also after ZeRO-3."""
+        unset_hf_deepspeed_config()  # with it, transformers' from_pretrained waits for ranks that have left
         if dist.is_initialized():
             dist.destroy_process_group()

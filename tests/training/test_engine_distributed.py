@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from configs.errors import UserError
 from tests.ranks import run_ranks
@@ -204,3 +205,12 @@ def test_accumulation_must_be_whole() -> None:
     assert [accumulation(config, ranks) for ranks in (1, 2, 4)] == [4, 2, 1]
     with pytest.raises(UserError, match=r"train\.global_batch 8 is not a multiple of train\.micro_batch 2 \* 3 ranks"):
         accumulation(config, 3)
+
+
+def test_a_process_whose_engine_is_closed_loads_whole_models_also_after_zero3() -> None:
+    """With ZeRO-3's settings in force, transformers' from_pretrained waits for the other ranks, which have left."""
+    settings = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    assert is_deepspeed_zero3_enabled()
+    small_engine(Case()).close()
+    assert not is_deepspeed_zero3_enabled()
+    del settings
