@@ -15,6 +15,7 @@ from configs.errors import UserError
 from quant.benchmark_data import TaskData
 from quant.benchmarks import Score, run_benchmarks
 from quant.bits import FULL, Bits
+from quant.experts import unpacked_experts
 from quant.fake_quant import rounded_states
 from quant.measurements import Key, Measurements, model_sha256, tensor_sha256, versions
 from quant.methods import Options, method_of, prepared_weights
@@ -125,12 +126,13 @@ def _measure(setup: _Setup, method: str, settings: Sequence[Bits], progress: Cal
     if not missing:
         return {}
     try:
-        for bits in missing:
-            with _in_setting(subject, bits, hadamard):
-                pass  # what cannot run is refused before the long work
         if all(bits.is_full for bits in missing):
             _measure_now(setup, method, missing, "", progress)
-        else:
+            return {}
+        with unpacked_experts(subject.model):
+            for bits in missing:
+                with _in_setting(subject, bits, hadamard):
+                    pass  # what cannot run is refused before the long work
             weights = (subject.model, method, missing[0], subject.calibration, subject.options)
             with prepared_weights(*weights) as prepared:
                 _measure_now(setup, method, missing, "; ".join(prepared.notes), progress)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from configs.errors import UserError
 from quant.bits import LADDER, Bits
+from quant.experts import unpacked_experts
 from quant.fake_quant import check_ffn_sizes, rounded_states
 from quant.methods import METHODS, Options, method_of, prepared_weights
 from quant.perplexity import Perplexity, Rows, perplexity_of_rows
@@ -85,6 +86,21 @@ def ladder(
     and with a note; at 16-16-16 a rotating rung only checks that rotations change nothing. Raises UserError as
     `methods.quantized` and `perplexity_of_rows` do.
     """
+    with unpacked_experts(model):
+        return _ladder(model, rows, settings, methods, bytes_per_token, batch_size, roles, calibration, options)
+
+
+def _ladder(
+    model: PreTrainedModel,
+    rows: Rows,
+    settings: Sequence[Bits],
+    methods: Sequence[str],
+    bytes_per_token: float | None,
+    batch_size: int,
+    roles: Mapping[str, Role],
+    calibration: Rows | None,
+    options: Options,
+) -> list[LadderRow]:
     sites = find_sites(model, roles)
     obstacles = {method: _obstacle(method, model, sites) for method in methods}
     full = perplexity_of_rows(model, rows, batch_size)

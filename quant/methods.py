@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from configs.errors import UserError
 from modeling.hooks import HookError, build
 from quant.bits import FULL, Bits
+from quant.experts import unpacked_experts
 from quant.fake_activations import quantized_activations
 from quant.fake_quant import check_ffn_sizes, rounded_states
 from quant.fake_weights import rotate_ffn_out, round_weights
@@ -167,8 +168,9 @@ def prepare_weights(
     """Exchange the weights of `model` for rotated and rounded ones, in place; 16-bit weights are rotated only.
 
     `rows` `[N, T]` are token ids for the methods that calibrate. With `keep_codes` the result holds every layer's integers.
-    Raises UserError for unknown methods, missing rows, architectures that the method cannot serve and weights that cannot
-    be rounded; the model is then as it was or partly exchanged (`prepared_weights` restores it).
+    Mixtures of experts must be unpacked (`experts.unpacked_experts`). Raises UserError for unknown methods, missing rows,
+    architectures that the method cannot serve and weights that cannot be rounded; the model is then as it was or partly
+    exchanged (`prepared_weights` restores it).
     """
     chosen = method_of(method)
     sites, head_dim = find_sites(model, roles), head_dim_of(model)
@@ -216,10 +218,11 @@ def quantized(
 ) -> Iterator[Prepared]:
     """Within it `model` computes at these bits by this method; afterwards it is as before. Raises UserError as its parts do."""
     hadamard = method_of(method).hadamard
-    with rounded_states(model, bits, hadamard, roles):
-        pass  # what cannot run is refused before the long work
-    with (
-        prepared_weights(model, method, bits, rows, options, roles) as prepared,
-        rounded_states(model, bits, hadamard, roles),
-    ):
-        yield prepared
+    with unpacked_experts(model):
+        with rounded_states(model, bits, hadamard, roles):
+            pass  # what cannot run is refused before the long work
+        with (
+            prepared_weights(model, method, bits, rows, options, roles) as prepared,
+            rounded_states(model, bits, hadamard, roles),
+        ):
+            yield prepared

@@ -32,6 +32,23 @@ ROLES: Mapping[str, Role] = {
     "mlp.gate_proj": Role.TOKEN_IN,
     "mlp.up_proj": Role.TOKEN_IN,
     "mlp.down_proj": Role.FFN_OUT,
+    # Mixtures of experts (Mixtral, OLMoE, Qwen MoE, GLM-4 MoE, this project's), unpacked (quant/experts.py)
+    "experts.*.gate_up_proj": Role.TOKEN_IN,
+    "experts.*.gate_proj": Role.TOKEN_IN,
+    "experts.*.up_proj": Role.TOKEN_IN,
+    "experts.*.down_proj": Role.FFN_OUT,
+    **{
+        f"mlp.{shared}.{end}": role
+        for shared in ("shared_expert", "shared_experts")
+        for end, role in (
+            ("gate_proj", Role.TOKEN_IN),
+            ("up_proj", Role.TOKEN_IN),
+            ("down_proj", Role.FFN_OUT),
+        )
+    },
+    "mlp.gate": Role.KEEP,
+    "mlp.router": Role.KEEP,
+    "mlp.shared_expert_gate": Role.KEEP,
     # GPT-NeoX (Pythia)
     "attention.query_key_value": Role.TOKEN_IN,
     "attention.dense": Role.HEADS_IN,

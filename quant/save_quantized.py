@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from configs.errors import UserError
@@ -57,21 +58,29 @@ def record(prepared: Prepared, bits: Bits, options: Options, rows: Rows | None) 
 
 
 @torch.no_grad()
-def save_quantized(
-    model: PreTrainedModel, prepared: Prepared, recorded: dict[str, Any], source: Path | None, out: Path
-) -> float:
-    """Write `model`, whose weights `prepare_weights` exchanged, to `out`; returns the largest relative logit difference after reloading.
+def without_online_rotation(model: PreTrainedModel, prepared: Prepared) -> Tensor:
+    """Multiply the FFN's Hadamard matrix back into the weights, in place; returns sample logits with 16-bit activations.
 
-    The FFN's Hadamard matrix is multiplied back into the weights, in place: activations in 16 bits need no rotation then.
-    Tokenizer files of `source` come along. Nothing is left at `out` unless the reloaded logits agree. Raises UserError for a
-    folder that exists or cannot be written, and for logits that differ.
+    The network then computes the same without a rotation while it runs, as long as activations have 16 bits.
     """
-    if out.exists():
-        raise UserError(f"--out {out} exists already; name a new folder")
     with rounded_states(model, Bits(FULL, FULL, FULL), prepared.hadamard):
         expected = sample_logits(model)
     if prepared.hadamard:
         rotate_ffn_out(find_sites(model), inverse=True)
+    return expected
+
+
+@torch.no_grad()
+def save_quantized(
+    model: PreTrainedModel, expected: Tensor, recorded: dict[str, Any], source: Path | None, out: Path
+) -> float:
+    """Write `model` (from `without_online_rotation`) to `out`; returns the largest relative difference of its reloaded logits.
+
+    Tokenizer files of `source` come along. Nothing is left at `out` unless the reloaded logits are those `expected`. Raises
+    UserError for a folder that exists or cannot be written, and for logits that differ.
+    """
+    if out.exists():
+        raise UserError(f"--out {out} exists already; name a new folder")
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if table.weight is not head.weight:  # a merged rotation parts them
         model.config.tie_word_embeddings = False

@@ -105,10 +105,11 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Quantize, measure, save; diagnose first where asked."""
     from launch.loading import calibration_rows, load_model, stock_form
     from quant.bits import Bits
+    from quant.experts import unpacked_experts
     from quant.fake_quant import rounded_states
     from quant.methods import method_of, prepare_weights
     from quant.perplexity import perplexity_of_rows
-    from quant.save_quantized import record, save_quantized
+    from quant.save_quantized import record, save_quantized, without_online_rotation
     from training.run_directory import environment
 
     bits, options, method = Bits.parse(arguments.bits), _options(arguments), _method(arguments)
@@ -125,22 +126,24 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         )
         if calibration is None:
             raise UserError(f"{method}: nothing to calibrate on; give --calibration FILE")
-    with rounded_states(model, bits, method_of(method).hadamard):
-        pass  # what cannot run is refused before the long work
-    diagnosis = _diagnosis(model, rows, bits, method, calibration, options) if arguments.explain else None
-    full = None if rows is None else perplexity_of_rows(model, rows).nats_per_token
-    prepared = prepare_weights(model, method, bits, calibration, options)
-    loss = None
-    if rows is not None:
-        with rounded_states(model, bits, prepared.hadamard):
-            loss = perplexity_of_rows(model, rows).nats_per_token
-        print(f"loss {full:.4f} in 16 bits, {loss:.4f} nats per token at {bits} by {method} ({len(rows)} rows)")
+    with unpacked_experts(model, keep=True):
+        with rounded_states(model, bits, method_of(method).hadamard):
+            pass  # what cannot run is refused before the long work
+        diagnosis = _diagnosis(model, rows, bits, method, calibration, options) if arguments.explain else None
+        full = None if rows is None else perplexity_of_rows(model, rows).nats_per_token
+        prepared = prepare_weights(model, method, bits, calibration, options)
+        loss = None
+        if rows is not None:
+            with rounded_states(model, bits, prepared.hadamard):
+                loss = perplexity_of_rows(model, rows).nats_per_token
+            print(f"loss {full:.4f} in 16 bits, {loss:.4f} nats per token at {bits} by {method} ({len(rows)} rows)")
+        expected = without_online_rotation(model, prepared)
     recorded = record(prepared, bits, options, calibration)
     recorded |= {"source": folder, "loss_16_bits": full, "loss": loss, "environment": environment()}
     notes = [*prepared.notes, *([note] if note else [])]
     recorded["notes"] = notes
     difference = save_quantized(
-        model, prepared, recorded, Path(folder) if Path(folder).is_dir() else None, arguments.out
+        model, expected, recorded, Path(folder) if Path(folder).is_dir() else None, arguments.out
     )
     for line in notes:
         print(f"note: {line}")

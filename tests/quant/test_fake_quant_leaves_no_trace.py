@@ -135,13 +135,13 @@ def test_an_unknown_architecture_is_refused_by_name() -> None:
 
 def test_an_unknown_matrix_in_a_block_is_refused_unless_it_is_given_a_role() -> None:
     model, ids = tiny_llama(), tokens(1, 9)
-    model.model.layers[0].mlp.router = nn.Linear(64, 4)
+    model.model.layers[0].mlp.stranger = nn.Linear(64, 4)
     with (
-        pytest.raises(UserError, match=r"no role is known for model.layers.0.mlp.router \(1 unknown"),
+        pytest.raises(UserError, match=r"no role is known for model.layers.0.mlp.stranger \(1 unknown"),
         fake_quantized(model, FOUR),
     ):
         pass
-    roles = {**ROLES, "mlp.router": Role.KEEP}
+    roles = {**ROLES, "mlp.stranger": Role.KEEP}
     with fake_quantized(model, FOUR, roles=roles):
         model(input_ids=ids)
     assert len(find_sites(model, roles)) == 14
