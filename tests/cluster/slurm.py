@@ -60,12 +60,12 @@ class SlurmCluster:
         return "\n".join([job_log.read_text() if job_log.exists() else "no job output", *tails])
 
 
-def control(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def control(*arguments: str | Path, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
     """Call cluster.sh; output goes through files, as its daemons inherit the streams and would keep a pipe open."""
     log = Path(arguments[1]).with_suffix(".control.log")
     with log.open("w+") as file:
         result = subprocess.run(
-            [SCRIPT, *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=file, timeout=120, check=False
+            [SCRIPT, *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=file, timeout=timeout_s, check=False
         )
         file.seek(0)
         return subprocess.CompletedProcess(result.args, result.returncode, file.read(), "")

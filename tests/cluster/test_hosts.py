@@ -10,7 +10,7 @@ import pytest
 from tests.cluster.slurm import SlurmCluster, control
 from tests.launch.project import build_project, starts
 
-pytestmark = [pytest.mark.cluster, pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.distributed, pytest.mark.slow, pytest.mark.xdist_group("cluster")]
 
 
 def test_starting_a_running_cluster_changes_nothing(loop_cluster: SlurmCluster) -> None:

@@ -10,7 +10,7 @@ from tests.cluster.slurm import SlurmCluster
 from tests.cluster.tiny import STEPS, logged_steps
 from tests.launch.project import ROOT, build_project, starts, wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.distributed]
+pytestmark = [pytest.mark.cluster, pytest.mark.distributed, pytest.mark.xdist_group("cluster")]
 
 
 def _started_twice(out: Path) -> bool:

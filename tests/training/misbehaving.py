@@ -82,3 +82,11 @@ class ShuffledWithoutFive(Shuffled):
     def indices(self, step: int, global_batch: int) -> np.ndarray:
         """Row numbers of the step, or of the one five later."""
         return super().indices(step + 5 * (step >= 10), global_batch)
+
+
+class Slow(NextToken):
+    """A quarter of a second per micro-batch: time to disturb a run that would be over in one."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
+        time.sleep(0.25)
+        return super().__call__(model, batch)
