@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from configs.errors import UserError
-from modeling.folders import MANIFEST, ManifestError, checkpoints, faults, read_manifest, step_of
+from modeling.folders import MANIFEST, ManifestError, checkpoints, faults, read_manifest, regular, step_of
 from training.checkpoint import read_record
 
 FILES = ("model.safetensors", "optimizer.safetensors")
@@ -40,7 +40,7 @@ def tensors(path: Path) -> list[dict[str, Any]]:
     """
     found = []
     try:
-        with safe_open(path, framework="pt") as stored:
+        with safe_open(regular(path), framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118 - not a mapping
                 part = stored.get_slice(name)
                 found.append({"name": name, "dtype": part.get_dtype(), "shape": list(part.get_shape())})
@@ -58,7 +58,7 @@ def _written(folder: Path) -> str | None:
 
 def _architecture(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = json.loads(regular(folder / "config.json").read_bytes())
         return {key: config[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")}
     except OSError as error:
         raise UserError(f"config.json cannot be read ({error.strerror})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -31,6 +32,17 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def regular(path: Path) -> Path:
+    """The path of a file that can be read to its end: not missing, and no pipe or device, on which a reader would wait for ever.
+
+    Raises:
+        FileNotFoundError: it is none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "missing, or not a regular file", path.name)
+    return path
 
 
 def _render(files: Mapping[str, FileRecord], written_at: str) -> bytes:

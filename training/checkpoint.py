@@ -19,7 +19,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from modeling.config import MesokurtConfig
-from modeling.folders import valid_checkpoints
+from modeling.folders import regular, valid_checkpoints
 from training.engine import Engine
 from training.random_state import restore_random_state
 from training.watchdog import is_peer_loss
@@ -67,9 +67,12 @@ def check_architecture(folder: Path, wanted: MesokurtConfig) -> None:
     """Refuse a checkpoint of another network.
 
     Raises:
-        UserError: names the first difference.
+        UserError: names the first difference, or config.json is not readable.
     """
-    saved = json.loads((folder / "config.json").read_text())
+    try:
+        saved = dict(json.loads(regular(folder / "config.json").read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"checkpoint {folder}: config.json cannot be read ({error})") from None
     for key in (*SHAPE_KEYS, "norm", "activation", "ffn", "embedding", "block"):
         if saved.get(key) != getattr(wanted, key):
             raise UserError(
@@ -102,7 +105,7 @@ def load_weights(folder: Path, engine: Engine) -> None:
     wanted = engine.weight_entries()
     what = f"checkpoint {folder}: model.safetensors cannot be used"
     try:
-        with safe_open(folder / "model.safetensors", framework="pt") as stored:
+        with safe_open(regular(folder / "model.safetensors"), framework="pt") as stored:
             missing = wanted.keys() ^ set(stored.keys())
             if missing:
                 raise UserError(
@@ -133,7 +136,7 @@ def read_record(folder: Path) -> TrainerRecord:
         UserError: missing or not what a run writes.
     """
     try:
-        return TrainerRecord.model_validate_json((folder / "trainer.json").read_bytes())
+        return TrainerRecord.model_validate_json(regular(folder / "trainer.json").read_bytes())
     except OSError as error:
         raise UserError(f"checkpoint {folder}: trainer.json cannot be read ({error.strerror})") from None
     except ValidationError as error:
@@ -152,7 +155,7 @@ def load_training_state(folder: Path, engine: Engine) -> Progress:
     routes = engine.routes
     where = f"checkpoint {folder}: optimizer.safetensors cannot be used"
     try:
-        with safe_open(folder / "optimizer.safetensors", framework="pt") as stored:
+        with safe_open(regular(folder / "optimizer.safetensors"), framework="pt") as stored:
             keys = {key for key in stored.keys() if not key.startswith("rng/")}  # noqa: SIM118 - not a mapping
             strangers = [key for key in sorted(keys) if key.partition("/")[2] not in routes]
             if strangers:

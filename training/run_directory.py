@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import platform
 import sys
@@ -17,6 +18,7 @@ from configs.errors import ConfigError, UserError
 from configs.loading import MAY_CHANGE, differences, dump_config, load_config
 from configs.schema import RunConfig
 
+logger = logging.getLogger("mesokurt")
 PACKAGES = (
     "torch",
     "deepspeed",
@@ -77,6 +79,12 @@ class RunDirectory:
             raise UserError(
                 f"run.dir {self.path}: another job is using it; wait for it or choose another run.dir"
             ) from None
+        except OSError as error:
+            logger.warning(
+                "run.dir %s: its file system has no locks (%s); see to it that no other job uses it",
+                self.path,
+                error.strerror,
+            )
         try:
             self._claim(config)
         except BaseException:

@@ -88,11 +88,12 @@ class TokenStore:
                 raise UserError(
                     f"{folder}: a token store of format {manifest['format']}, this version reads {FORMAT}; {_rebuild(folder)}"
                 )
-            self.spec = StoreSpec(**{**manifest["spec"], "sources": tuple(manifest["spec"]["sources"])})
+            self.spec = StoreSpec.from_json(manifest["spec"])
             summaries = {split: SplitSummary.from_json(manifest["splits"][split]) for split in SPLITS}
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
+            told = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{folder / MANIFEST_FILE}: not the manifest of a token store ({error}); {_rebuild(folder)}"
+                f"{folder / MANIFEST_FILE}: not the manifest of a token store ({told}); {_rebuild(folder)}"
             ) from None
         self.folder = folder
         self.context = self.spec.context

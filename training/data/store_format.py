@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 from datasets import Features, List, Value
+from pydantic import TypeAdapter
 
 from configs.errors import UserError
 
@@ -25,6 +27,7 @@ STATE_FILE = "state.json"
 TOKENIZER_FOLDER = "tokenizer"
 COLUMN = "tokens"
 FORMAT = 1
+SHARD_NAME = re.compile(r"(train|held_out)-[0-9]{5,}\.arrow")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,14 @@ class StoreSpec:
     """Fingerprint."""
     vocab_size: int
     eod_id: int
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> StoreSpec:
+        """Read back what `dataclasses.asdict` wrote; raises KeyError, TypeError or ValueError on anything else."""
+        spec = TypeAdapter(cls).validate_json(json.dumps(tree), strict=True)
+        if not (0 < spec.context < 2**31 and 0 < spec.vocab_size < 2**32 and 0 <= spec.eod_id < spec.vocab_size):
+            raise ValueError("context, vocab_size or eod_id is out of range")
+        return spec
 
     def key(self) -> str:
         """Short digest that names the store's folder."""
@@ -77,8 +88,18 @@ class SplitSummary:
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> SplitSummary:
-        """Read back what `dataclasses.asdict` wrote; raises KeyError or TypeError on anything else."""
-        return cls(**{**tree, "shards": [Shard(**shard) for shard in tree["shards"]]})
+        """Read back what `dataclasses.asdict` wrote; raises ValueError on anything else, and on a shard that is no file of the folder."""
+        summary = TypeAdapter(cls).validate_json(json.dumps(tree), strict=True)  # strict JSON, so that "1" is no number
+        counts = [summary.documents, summary.text_bytes, summary.tokens, summary.rows]
+        counts += [count for shard in summary.shards for count in (shard.rows, shard.tokens, shard.bytes)]
+        if min(counts) < 0 or max(counts) >= 2**63:
+            raise ValueError("a count is negative or too large")
+        if summary.rows != sum(shard.rows for shard in summary.shards):
+            raise ValueError("the shards' rows do not add up")
+        for shard in summary.shards:
+            if not SHARD_NAME.fullmatch(shard.file):
+                raise ValueError(f"{shard.file[:80]!r} is no shard's name")
+        return summary
 
 
 def shard_bytes(rows: np.ndarray) -> pa.Buffer:
