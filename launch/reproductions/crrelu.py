@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from analysis.eafo import Inverse, correction, entropy, entropy_slope, gaussian, gaussian_slope, stepped
-from configs.errors import UserError
 from launch.reproductions.criterion import Criterion
+from launch.reproductions.digits import digits
 from modeling.hooks import KINDS, build
 
 PAPER = "A Method on Searching Better Activation Functions (arXiv 2405.12954)"
@@ -21,23 +21,6 @@ SEEDS = tuple(range(6))
 VIT_SEEDS = tuple(range(5))
 NETWORKS = ((12, 8, 5.0), (16, 6, 8.0))
 """Hidden layers, width, and how many points of accuracy CRReLU must be ahead of ReLU."""
-
-
-def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scikit-learn's 8 x 8 digits: 1,000 to train on, 797 to test on, in one fixed order; pixels scaled to unit variance.
-
-    Raises:
-        UserError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError("reproduce crrelu reads scikit-learn's digits; install scikit-learn") from None
-    data = load_digits()
-    order = np.random.default_rng(0).permutation(len(data.target))
-    x = torch.tensor(data.data[order], dtype=torch.float32) / 16.0
-    x, y = (x - x.mean()) / x.std(), torch.tensor(data.target[order])
-    return x[:1000], y[:1000], x[1000:], y[1000:]
 
 
 class NarrowMLP(nn.Module):
@@ -158,13 +141,15 @@ def entropy_criteria() -> list[Criterion]:
     return criteria
 
 
-def trainability_criteria(seeds: tuple[int, ...], networks: tuple[tuple[int, int, float], ...]) -> list[Criterion]:
+def trainability_criteria(
+    seeds: tuple[int, ...], networks: tuple[tuple[int, int, float], ...], names: tuple[str, ...]
+) -> list[Criterion]:
     """P2: deep narrow networks, mean accuracy over seeds and dead units."""
     data, criteria = digits(), []
     for depth, width, ahead in networks:
         accuracy: dict[str, float] = {}
         dead: dict[str, float] = {}
-        for name in ("relu", "crrelu", "gelu"):
+        for name in names:
             scores, gone = [], []
             for seed in seeds:
                 torch.manual_seed(seed)
@@ -200,6 +185,9 @@ def transformer_criteria(seeds: tuple[int, ...]) -> list[Criterion]:
 
 
 def reproduce(folder: Path, quick: bool) -> list[Criterion]:
-    """All three proofs; `quick` leaves out the deeper network and the Transformer."""
-    criteria = [*entropy_criteria(), *trainability_criteria(SEEDS, NETWORKS[:1] if quick else NETWORKS)]
-    return criteria if quick else [*criteria, *transformer_criteria(VIT_SEEDS)]
+    """All three proofs; `quick` leaves out the deeper network, GELU and the Transformer."""
+    names = ("relu", "crrelu")
+    if quick:
+        return [*entropy_criteria(), *trainability_criteria(SEEDS, NETWORKS[:1], names)]
+    trained = trainability_criteria(SEEDS, NETWORKS, (*names, "gelu"))
+    return [*entropy_criteria(), *trained, *transformer_criteria(VIT_SEEDS)]

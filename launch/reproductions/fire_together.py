@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launch.reproductions.criterion import Criterion
+from launch.reproductions.fire_together_cnn import estimate_criteria
 from modeling.ffn_predicted_mask import MaskPredictor, mass_mask
 
 PAPER = (
@@ -183,5 +184,6 @@ def seed_criteria(seed: int, scale: float = 1.0) -> list[Criterion]:
 
 
 def reproduce(folder: Path, quick: bool) -> list[Criterion]:
-    """The latent domains on three seeds; `quick` takes one."""
-    return [criterion for seed in (SEEDS[:1] if quick else SEEDS) for criterion in seed_criteria(seed)]
+    """The latent domains on three seeds and the convolutional network; `quick` takes one seed of the first."""
+    criteria = [criterion for seed in (SEEDS[:1] if quick else SEEDS) for criterion in seed_criteria(seed)]
+    return criteria if quick else [*criteria, *estimate_criteria()]

@@ -99,8 +99,8 @@ def forget_accelerator() -> None:
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
-def small_engine(case: Case, seed: int = 0, model: MesokurtForCausalLM | None = None) -> Engine:
-    """An engine on this process's rank, of a given model or a small one; several may follow each other in one process.
+def small_engine(case: Case, seed: int = 0, model: MesokurtForCausalLM | None = None, **changes: Any) -> Engine:
+    """An engine on this process's rank, of a given model or a small one (with `changes`); several may follow each other in one process.
 
     Under ZeRO-3 the small one is built in pieces, as a run does it.
     """
@@ -108,7 +108,8 @@ def small_engine(case: Case, seed: int = 0, model: MesokurtForCausalLM | None = 
     config, ranks = case.config(), read_rank_environment()
     accelerator, pieces = start(config, ranks), partition(config, ranks)
     if model is None:
-        model = small_model(seed) if pieces is None else partitioned_model(small_config(seed), pieces)
+        wanted = small_config(seed, **changes)
+        model = MesokurtForCausalLM(wanted) if pieces is None else partitioned_model(wanted, pieces)
     adam = AdamSettings(1e-2, 0.01)
     precision: Any = case.dtype
     optimizer = Muon(route(model, Muon.algorithms()), 1e-2, 0.01, adam, ns_dtype=precision)
