@@ -288,6 +288,11 @@ class ParallelSection(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """0: plain data parallel; 1, 2, 3: DeepSpeed ZeRO (partitioned optimizer, + gradients, + parameters)."""
+    sequence: Positive = 1
+    """Ranks that share the tokens of each row, context / this many on each, by all-to-all around attention (DeepSpeed-Ulysses). Divides
+    heads, kv_heads and context."""
+    tensor: Positive = 1
+    """Ranks that share each matrix. Only 1: docs/scaling.md says why, and what to use instead."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """What ZeRO keeps in host memory between uses: the optimizer's states, float32 weights and gradients; with `parameters` (stage 3) also
     the weights that the forward reads."""
@@ -309,6 +314,18 @@ class ParallelSection(Section):
         if self.expert > 1 and self.offload != "none":
             raise ValueError(
                 f"expert {self.expert} does not work with offload; each rank keeps its own experts on its device"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tensor_is_one(self) -> ParallelSection:
+        if self.tensor > 1:
+            raise ValueError(
+                f"tensor {self.tensor} is not supported (Muon needs whole matrices; see docs/scaling.md); use zero_stage 3 or sequence"
+            )
+        if self.sequence > 1 and self.expert > 1:
+            raise ValueError(
+                f"sequence {self.sequence} and expert {self.expert} do not work together; set one of them to 1"
             )
         return self
 
@@ -426,6 +443,13 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.global_batch {self.train.global_batch} is not a multiple of train.micro_batch {self.train.micro_batch}"
             )
+        share = self.parallel.sequence
+        m = self.model
+        for name, value in (("heads", m.heads), ("kv_heads", m.resolved_kv_heads), ("context", m.context)):
+            if value % share:
+                raise ValueError(f"parallel.sequence {share} does not divide model.{name} {value}; change one of them")
+        if self.train.compile and share > 1:
+            raise ValueError("train.compile does not work with parallel.sequence above 1; turn one off")
         if self.train.compile and self.parallel.zero_stage == 3:
             raise ValueError(
                 "train.compile does not work with parallel.zero_stage 3 (parameters come and go); turn one off"

@@ -21,17 +21,24 @@ def zero_stage(config: RunConfig, ranks: RankEnvironment) -> int:
     return config.parallel.zero_stage if ranks.world_size > 1 else 0
 
 
+def data_ranks(config: RunConfig, world_size: int) -> int:
+    """Ranks, or groups of ranks that share rows, which read different rows."""
+    return max(1, world_size // config.parallel.sequence)
+
+
 def accumulation(config: RunConfig, world_size: int) -> int:
-    """Micro-batches per optimizer step on one rank = global_batch / (micro_batch * ranks).
+    """Micro-batches per optimizer step on one rank = global_batch / (micro_batch * data-parallel ranks).
 
     Raises:
         UserError: when that is not a whole number.
     """
-    per_pass = config.train.micro_batch * world_size
+    replicas = data_ranks(config, world_size)
+    per_pass = config.train.micro_batch * replicas
     if config.train.global_batch % per_pass:
+        shared = "" if replicas == world_size else f" ({world_size} / parallel.sequence {config.parallel.sequence})"
         raise UserError(
             f"train.global_batch {config.train.global_batch} is not a multiple of train.micro_batch {config.train.micro_batch} * "
-            f"{world_size} ranks; lower train.micro_batch or change train.global_batch",
+            f"{replicas} ranks{shared}; lower train.micro_batch or change train.global_batch",
             exit_code=2,
         )
     return config.train.global_batch // per_pass

@@ -25,6 +25,7 @@ from training.optim.exchange import Exchange
 from training.optim.layout import Layout, ShardedLayout
 from training.optim.routed import RoutedOptimizer
 from training.optim.routing import whole_shape
+from training.sequence_parallel import SequenceParallel
 from training.zero import Zero3, Zero12
 
 
@@ -62,6 +63,9 @@ class Engine:
         self.routes = dict(optimizer.routes)
         self.frozen = {name: p for name, p in model.named_parameters() if name not in self.routes}
         spread = config.parallel.expert if self.world_size > 1 else 1
+        share = config.parallel.sequence if self.world_size > 1 else 1
+        self.data_size, self.data_rank = self.world_size // share, self.rank // share
+        self.sequence = SequenceParallel(model, share) if share > 1 else None
         self.experts = ExpertParallel(model, optimizer, spread) if spread > 1 else None
         self.model: nn.Module
         self.zero: Zero12 | Zero3 | None = None
@@ -94,11 +98,19 @@ class Engine:
         else:
             (loss / self.accumulate).backward()
 
-    def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Context for a forward and backward whose gradients are not reduced yet."""
-        if last or self.stage or self.world_size == 1:
-            return contextlib.nullcontext()
-        return self.accelerator.no_sync(self.model)
+    def share(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this rank trains on of its rows: all of them, or (sequence parallelism) its tokens of each."""
+        return batch if self.sequence is None else self.sequence.share(batch)
+
+    @contextlib.contextmanager
+    def training_pass(self, last: bool) -> Iterator[None]:
+        """Context for the forward and backward of one micro-batch; unless it is the `last`, its gradients are not reduced yet."""
+        with contextlib.ExitStack() as stack:
+            if not (last or self.stage or self.world_size == 1):
+                stack.enter_context(self.accelerator.no_sync(self.model))
+            if self.sequence is not None:
+                stack.enter_context(self.sequence.active())
+            yield
 
     def gradient_norm(self) -> float:
         """Global norm of the reduced raw gradient, added up in float64.

@@ -97,8 +97,8 @@ class Trainer:
             last = number == len(batches) - 1
             if self.config.data.document_mask:
                 batch["document_ids"] = document_ids(batch["tokens"][:, :-1], self.store.eod_id)
-            with self.engine.accumulating(last):
-                loss = self.objective(self.engine.model, batch)
+            with self.engine.training_pass(last):
+                loss = self.objective(self.engine.model, self.engine.share(batch))
                 self.engine.backward(loss.total, last)
             self.step_hooks.take(loss.statistics)
             self.losses.add(loss.parts, 1.0 / len(batches))

@@ -20,7 +20,7 @@ from configs.loading import load_config
 from configs.schema import RunConfig
 from modeling.decoder import MesokurtForCausalLM
 from modeling.hooks import build
-from training.accelerator import accumulation, partition, start, zero_stage
+from training.accelerator import accumulation, data_ranks, partition, start, zero_stage
 from training.build import build_model, build_optimizer, build_probes, build_schedule, check_hooks
 from training.checkpoint import (
     Progress,
@@ -44,6 +44,7 @@ from training.progress import ProgressBar
 from training.quiet import quiet_libraries
 from training.rendezvous import RankEnvironment, export_rank_environment, read_rank_environment
 from training.run_directory import RunDirectory
+from training.sequence_parallel import check_sequence
 from training.signals import REQUEUE_EXIT_CODE, StopSignal
 from training.throughput import flops_per_token, matmul_rate
 from training.watchdog import Watchdog
@@ -63,6 +64,7 @@ def pretrain(config: RunConfig, stop: StopSignal | None = None) -> Path:
     check_hooks(config)
     accumulation(config, ranks.world_size)
     check_world(config.parallel.expert, ranks.world_size)
+    check_sequence(config, ranks.world_size)
     run_dir = RunDirectory(config, main)
     store = prepare(config, progress=main)
     set_seed(config.run.seed)
@@ -112,7 +114,7 @@ def train(
     sampler = build(SAMPLER, sampler_spec, num_rows=store.num_rows("train"), seed=config.run.seed)
     batch = config.train
     loader = Loader(
-        store, sampler, batch.global_batch, batch.micro_batch, engine.rank, engine.world_size, engine.device
+        store, sampler, batch.global_batch, batch.micro_batch, engine.data_rank, engine.data_size, engine.device
     )
     dtype = torch.bfloat16 if batch.dtype == "bf16" else torch.float32
     log = MetricsLog(config, run_dir.path, progress.step) if engine.is_main else None
@@ -152,8 +154,9 @@ def describe(config: RunConfig, model: MesokurtForCausalLM, ranks: RankEnvironme
     print(routes)
     print(f"parameters: {sum(math.prod(whole_shape(p)) for p in model.parameters()):,}")
     print(f"ranks: {ranks.world_size}, ZeRO stage {zero_stage(config, ranks)}, arithmetic {t.dtype}")
+    replicas = data_ranks(config, ranks.world_size)
     print(
-        f"accumulation: {accumulate} = global_batch {t.global_batch} / (micro_batch {t.micro_batch} * {ranks.world_size} ranks)"
+        f"accumulation: {accumulate} = global_batch {t.global_batch} / (micro_batch {t.micro_batch} * {replicas} data-parallel ranks)"
     )
     print(
         f"tokens: {tokens * t.steps:,} = {t.steps} steps * {t.global_batch} sequences * {m.context} tokens", flush=True

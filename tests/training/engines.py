@@ -42,15 +42,22 @@ class Case:
     clip: float | None = None
     offload: str = "none"
     expert: int = 1
+    sequence: int = 1
+    global_batch: int = GLOBAL_BATCH
 
     def config(self) -> RunConfig:
         """The run's config with this case's values."""
         clip = {} if self.clip is None else {"clip_norm": self.clip}
-        train = {"global_batch": GLOBAL_BATCH, "micro_batch": self.micro, "dtype": self.dtype, **clip}
+        train = {"global_batch": self.global_batch, "micro_batch": self.micro, "dtype": self.dtype, **clip}
         return config_from_tree(
             {
                 "train": train,
-                "parallel": {"zero_stage": self.stage, "offload": self.offload, "expert": self.expert},
+                "parallel": {
+                    "zero_stage": self.stage,
+                    "offload": self.offload,
+                    "expert": self.expert,
+                    "sequence": self.sequence,
+                },
             },
             "a test",
         )
@@ -129,7 +136,7 @@ def train_step(
     total = torch.zeros(())
     for number, tokens in enumerate(parts):
         last = number == len(parts) - 1
-        with engine.accumulating(last):
+        with engine.training_pass(last):
             loss = NextToken()(engine.model, {"tokens": tokens})
             engine.backward(loss.total * scale, last)
         if hooks is not None:

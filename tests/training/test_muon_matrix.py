@@ -1,216 +1,280 @@
-"""Muon + AdamW mean one thing: any ranks, ZeRO stage, accumulation and clipping equal a reference that shares no optimizer code.
-
-The reference below is plain torch on the whole batch: autograd, its own clipping and Newton-Schulz, torch's AdamW. Newton-Schulz magnifies
-rounding in near-null directions up to 485 times, so that float32 sums in another order may move a parameter by 1e-5 of its size.
-"""
+"""Muon and AdamW on 1, 2 and 4 ranks, under every ZeRO stage, against one process and a loop written here from plain torch."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from configs.loading import config_from_tree
+from modeling.decoder import MesokurtForCausalLM
 from tests.ranks import run_ranks
-from tests.training.engines import CONTEXT, VOCAB, dispose, forget_accelerator, small_model
-from training.accelerator import start
+from tests.training.engines import Case, dispose, forget_accelerator, small_config
+from training.accelerator import partition, start
+from training.data.loader import document_ids
 from training.engine import Engine
 from training.objectives.next_token import NextToken
 from training.optim.muon import Muon
+from training.optim.newton_schulz import COEFFICIENTS
 from training.optim.routed import AdamSettings
 from training.optim.routing import route
+from training.partitioned import partitioned_model
 from training.rendezvous import read_rank_environment
 
-STEPS, SEQUENCES, LR, DECAY, BITES = 20, 16, 1e-2, 0.01, 0.5
+STEPS, ROWS, CONTEXT, VOCAB = 20, 16, 16, 128
+RATE, DECAY, CLIP, END = 1e-2, 0.01, 0.5, 3
 STAGES = (0, 1, 2, 3)
-POLAR = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
+ROUTER = {"name": "topk", "balance": 0.0, "z_loss": 0.0, "bias_rate": 0.0}
+EXPERTS = {"name": "moe", "options": {"experts": 4, "active": 2, "expert_width": 20, "router": ROUTER}}
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to run the 20 steps; `options` are Muon's."""
+class Run:
+    """One training: how it is laid out, and what must not depend on that (`clip`, `autocast`, `ffn`, `documents`, `options` of the optimizer)."""
 
-    stage: int
-    accumulate: int
-    clip: float | None
-    options: tuple[tuple[str, Any], ...] = ()
+    stage: int = 0
+    accumulate: int = 1
+    clip: float | None = None
     offload: str = "none"
+    sequence: int = 1
+    recompute: bool = False
+    autocast: bool = False
+    ffn: str = "swiglu"
+    documents: bool = False
+    options: tuple[tuple[str, Any], ...] = (("ns_dtype", "fp32"),)
 
-    @property
-    def mathematics(self) -> tuple[float | None, tuple[tuple[str, Any], ...]]:
-        """What the result may depend on."""
-        return self.clip, tuple(option for option in self.options if option[0] not in ("ns_dtype", "ns_form"))
+    def what(self) -> Run:
+        """The same without its layout."""
+        return Run(clip=self.clip, autocast=self.autocast, ffn=self.ffn, documents=self.documents, options=self.options)
+
+    def case(self, world: int) -> Case:
+        """The engine's config on `world` ranks."""
+        micro = ROWS * self.sequence // (world * self.accumulate)
+        dtype = "bf16" if self.autocast else "fp32"
+        return Case(self.stage, dtype, micro, self.clip, self.offload, sequence=self.sequence, global_batch=ROWS)
 
 
-PLAIN = [Way(*parts) for parts in itertools.product(STAGES, (1, 4), (None, BITES))]
-OTHER = [
-    Way(stage, 1, None, options)
-    for stage in (2, 3)
-    for options in (
-        (("split_heads", True),),
-        (("coefficients", "polar_express"),),
-        (("ns_form", "gram"),),
-        (("nesterov", False),),
-    )
+@dataclass
+class Result:
+    """Losses of the global batches, and the parameters after the last."""
+
+    losses: list[float] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def ns(dtype: str = "fp32", **options: Any) -> tuple[tuple[str, Any], ...]:
+    """Optimizer options, in an order."""
+    return (("ns_dtype", dtype), *options.items())
+
+
+GRID = [Run(stage, accumulate, clip) for stage in STAGES for accumulate in (1, 4) for clip in (None, CLIP)]
+ON_TWO = [
+    Run(1, 4, CLIP, offload="optimizer"),
+    Run(2, 1, CLIP, offload="optimizer"),
+    Run(3, 4, CLIP, offload="optimizer"),
+    Run(3, 1, CLIP, offload="parameters"),
+    Run(0, recompute=True),
+    Run(1, recompute=True),
+    Run(2, recompute=True),
+    Run(3, recompute=True),
+    Run(1, options=ns(split_heads=True)),
+    Run(2, options=ns(coefficients="polar_express")),
+    Run(3, options=ns(ns_form="gram")),
+    Run(2, ffn="moe"),
+    Run(3, ffn="moe"),
+    Run(2, options=ns(nesterov=False)),
+    *(Run(stage, 4, CLIP, options=ns("bf16")) for stage in STAGES),
+    *(Run(stage, 4, CLIP, autocast=True, options=ns("bf16")) for stage in STAGES),
+    Run(0, 4, CLIP, sequence=2),
+    Run(3, sequence=2, documents=True),
 ]
-OFFLOADED = [Way(stage, 4, BITES, offload="optimizer") for stage in (2, 3)]
-ROUNDED = [Way(stage, 4, BITES, (("ns_dtype", "bf16"),)) for stage in (0, 1, 3)]
-# One rank has no ZeRO, and options that hold when two ranks cut matrices anywhere are not tried on four.
-OPTIONS = [Way(0, 1, None, options) for options in dict.fromkeys(way.options for way in OTHER)]
-WAYS = {
-    1: [*(way for way in [*PLAIN, *ROUNDED] if way.stage == 0), *OPTIONS],
-    2: [*PLAIN, *OTHER, *OFFLOADED, *ROUNDED],
-    4: [*PLAIN, *ROUNDED],
-}
-Result = tuple[list[float], dict[str, Tensor]]
+ON_FOUR = [Run(0, sequence=2, documents=True), Run(1, 4, CLIP, sequence=2), Run(3, sequence=2, recompute=True)]
 
 
+def network(run: Run) -> dict[str, Any]:
+    """Changes of the small network."""
+    return {"num_hidden_layers": 1, "ffn": EXPERTS if run.ffn == "moe" else run.ffn}
+
+
+@functools.cache
 def batch(step: int) -> Tensor:
-    """Noisy arithmetic sequences `[SEQUENCES, CONTEXT + 1]`."""
+    """Noisy arithmetic sequences `[ROWS, CONTEXT + 1]`."""
     draw = torch.Generator().manual_seed(step)
-    first, stride = (torch.randint(1, VOCAB, (SEQUENCES, 1), generator=draw) for _ in range(2))
-    return (first + stride % 7 * torch.arange(CONTEXT + 1)) % VOCAB
+    first, stride = (torch.randint(1, VOCAB, (ROWS, 1), generator=draw) for _ in range(2))
+    noise = torch.randint(0, 3, (ROWS, CONTEXT + 1), generator=draw)
+    return (first + stride % 7 * torch.arange(CONTEXT + 1) + noise) % VOCAB
 
 
-def orthogonal(update: Tensor, polar: bool) -> Tensor:
-    """Five Newton-Schulz steps on one matrix, on its shorter side."""
-    x = update / (update.norm() * (1.02 if polar else 1.0) + 1e-8)
-    x = x.T if len(x) > len(x.T) else x
-    for a, b, c in POLAR if polar else [(3.4445, -4.7750, 2.0315)] * 5:
+# The reference: nothing of the project's but the network itself and Polar Express' table of numbers.
+
+
+def orthogonal(matrix: Tensor, coefficients: str, dtype: str) -> Tensor:
+    """Newton-Schulz, five steps."""
+    table = COEFFICIENTS["polar_express"] if coefficients == "polar_express" else [(3.4445, -4.7750, 2.0315)] * 5
+    x = matrix / (matrix.norm() * (1.02 if coefficients == "polar_express" else 1.0) + 1e-8)
+    x = x.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    x = x.T if matrix.shape[0] > matrix.shape[1] else x
+    for a, b, c in table:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if x.shape == update.shape else x.T
+    return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
 
 
-def reference(clip: float | None, options: dict[str, Any]) -> Result:
-    """The 20 steps in one process: losses and parameters by name."""
-    model = small_model()
-    named = dict(model.named_parameters())
-    tables = [p for name, p in named.items() if "tokens" in name or "lm_head" in name]
-    matrices = {name: p for name, p in named.items() if p.ndim == 2 and not any(p is table for table in tables)}
-    vectors = [p for p in named.values() if p.ndim < 2]
-    assert len(tables) == 2
-    assert len(matrices) == 16
-    adam = torch.optim.AdamW(
-        [{"params": tables, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}], lr=LR, betas=(0.9, 0.95)
-    )
-    momenta = {name: torch.zeros_like(p) for name, p in matrices.items()}
-    losses = []
+def matrices(name: str, tensor: Tensor, options: dict[str, Any], heads: int) -> Iterator[Tensor]:
+    """The matrices that one parameter is made of."""
+    if tensor.ndim == 3:
+        yield from tensor
+    elif options.get("split_heads") and name.split(".")[-2] in ("q_proj", "k_proj", "v_proj"):
+        yield from tensor.chunk(heads)
+    else:
+        yield tensor
+
+
+def reference(run: Run) -> Result:
+    """The whole batch at once, gradients clipped by their global norm, Muon by hand, the rest by torch's AdamW."""
+    options, result = dict(run.options), Result()
+    model = MesokurtForCausalLM(small_config(**network(run)))
+    by_hand = {
+        name: p
+        for name, p in model.named_parameters()
+        if p.ndim >= 2 and "router" not in name and "tokens" not in name and "lm_head" not in name
+    }
+    rest = [p for name, p in model.named_parameters() if name not in by_hand]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": DECAY},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), eps=1e-8)
+    momenta = {name: torch.zeros_like(p) for name, p in by_hand.items()}
     for step in range(STEPS):
         tokens = batch(step)
-        logits = model(tokens[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        inside = document_ids(tokens[:, :-1], END) if run.documents else None
+        with torch.autocast("cpu", torch.bfloat16, enabled=run.autocast):
+            logits = model(tokens[:, :-1], document_ids=inside, use_cache=False).logits
+        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        model.zero_grad()
         loss.backward()
-        losses.append(float(loss.detach()))
-        if clip is not None:
-            norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in named.values() if p.grad is not None))
-            assert norm > clip, "the clip must bite"
-            for p in named.values():
-                p.grad = p.grad * (clip / norm) if p.grad is not None else None
+        if run.clip is not None:
+            norm = nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+            assert norm > run.clip, "the clip does not bite"
+        adam.step()
         with torch.no_grad():
-            for name, p in matrices.items():
+            for name, p in by_hand.items():
                 assert p.grad is not None
                 momenta[name] = p.grad + 0.95 * momenta[name]
-                update = p.grad + 0.95 * momenta[name] if options.get("nesterov", True) else momenta[name]
-                # Query, key and value of 24 rows are two heads of 12.
-                split = options.get("split_heads") and any(part in name for part in ("q_proj", "k_proj", "v_proj"))
-                blocks = update.split(12) if split else (update,)
-                polar = options.get("coefficients") == "polar_express"
-                for target, block in zip(p.split(12) if split else (p,), blocks, strict=True):
-                    scale = 0.2 * math.sqrt(max(block.shape))
-                    target.copy_(target * (1 - LR * DECAY) - LR * scale * orthogonal(block, polar))
-        adam.step()
-        model.zero_grad()
-    return losses, {name: p.detach() for name, p in named.items()}
+                p.mul_(1 - RATE * DECAY)
+                ahead = p.grad + 0.95 * momenta[name] if options.get("nesterov", True) else momenta[name]
+                pairs = zip(*(matrices(name, t, options, 2) for t in (p, ahead)), strict=True)
+                for weight, update in pairs:
+                    factor = orthogonal(update, options.get("coefficients", "jordan"), options["ns_dtype"])
+                    weight -= RATE * 0.2 * max(update.shape) ** 0.5 * factor
+        result.losses.append(loss.item())
+    result.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return result
 
 
-def run(way: Way) -> Result:
-    """The 20 steps by the engine on this process's ranks; parameters on rank 0."""
+# The engine, on every rank.
+
+
+def engine_of(run: Run, world: int) -> Engine:
+    """A fresh engine; under ZeRO-3 its network was never whole."""
     forget_accelerator()
-    ranks = read_rank_environment()
-    micro = SEQUENCES // (ranks.world_size * way.accumulate)
-    train: dict[str, Any] = {"global_batch": SEQUENCES, "micro_batch": micro, "dtype": "fp32"}
-    train |= {} if way.clip is None else {"clip_norm": way.clip}
-    parallel = {"zero_stage": way.stage, "offload": way.offload}
-    config = config_from_tree({"train": train, "parallel": parallel}, "a test")
-    model = small_model()
-    options = {"ns_dtype": "fp32", **dict(way.options)}
+    config, ranks = run.case(world).config(), read_rank_environment()
+    accelerator, pieces = start(config, ranks), partition(config, ranks)
+    shape = small_config(**network(run))
+    model = MesokurtForCausalLM(shape) if pieces is None else partitioned_model(shape, pieces)
+    if run.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    options: dict[str, Any] = dict(run.options)
     routes = route(model, Muon.algorithms(), split_heads=bool(options.get("split_heads")))
-    optimizer = Muon(routes, LR, DECAY, AdamSettings(LR, DECAY), **options)
-    engine = Engine(config, start(config, ranks), model, optimizer)
+    engine = Engine(config, accelerator, model, Muon(routes, RATE, DECAY, AdamSettings(RATE, DECAY), **options))
     engine.model.train()
-    losses = []
+    return engine
+
+
+def trained(run: Run, world: int) -> Result:
+    """Twenty updates on this rank; weights on rank 0 only."""
+    engine, result = engine_of(run, world), Result()
+    rows = ROWS // engine.data_size
     for step in range(STEPS):
-        parts = batch(step).chunk(ranks.world_size)[ranks.rank].split(micro)
-        assert len(parts) == way.accumulate
+        parts = batch(step)[engine.data_rank * rows : (engine.data_rank + 1) * rows].split(rows // run.accumulate)
+        assert len(parts) == run.accumulate
         total = torch.zeros(())
         for number, tokens in enumerate(parts):
             last = number == len(parts) - 1
-            with engine.accumulating(last):
-                loss = NextToken()(engine.model, {"tokens": tokens})
+            documents = {"document_ids": document_ids(tokens[:, :-1], END)} if run.documents else {}
+            with engine.training_pass(last):
+                loss = NextToken()(engine.model, engine.share({"tokens": tokens, **documents}))
                 engine.backward(loss.total, last)
             total += loss.parts["loss"] / len(parts)
         engine.step()
-        losses.append(float(engine.mean(total)))
-    tensors = {
-        k.removeprefix("model/"): t.clone() for k, t in engine.whole_tensors() if t is not None and "model/" in k
-    }
+        result.losses.append(engine.mean(total).item())
+    for key, tensor in engine.whole_tensors():
+        kind, _, name = key.partition("/")
+        if tensor is not None and kind == "model" and name in engine.routes:
+            result.weights[name] = tensor.clone()
     dispose(engine)
-    return losses, tensors
+    return result
 
 
-def run_all(ways: list[Way]) -> dict[Way, Result]:
-    """Every way, one after the other in one world."""
-    return {way: run(way) for way in ways}
+def all_of(runs: list[Run], world: int) -> list[Result]:
+    """Every run, one after the other."""
+    return [trained(run, world) for run in runs]
 
 
-@pytest.fixture(scope="module")
-def wanted() -> dict[Any, Result]:
-    """The reference for each mathematics."""
-    mathematics = dict.fromkeys(way.mathematics for ways in WAYS.values() for way in ways)
-    return {key: reference(key[0], dict(key[1])) for key in mathematics}
+@functools.cache
+def wanted(what: Run) -> Result:
+    """The reference, once for all layouts."""
+    return reference(what)
 
 
-def distances(found: Result, reference_result: Result) -> tuple[float, float]:
-    """Largest difference of a loss, and of a parameter relative to its norm."""
-    (losses, tensors), (right_losses, right_tensors) = found, reference_result
-    assert tensors.keys() == right_tensors.keys()
-    loss = max(abs(a - b) for a, b in zip(losses, right_losses, strict=True))
-    return loss, max(float((tensors[name] - right).norm() / right.norm()) for name, right in right_tensors.items())
+def distances(found: Result, run: Run) -> tuple[float, float]:
+    """Largest difference of a loss, and of a parameter (relative, Frobenius)."""
+    target = wanted(run.what())
+    assert found.weights.keys() == target.weights.keys()
+    losses = max(abs(a - b) for a, b in zip(found.losses, target.losses, strict=True))
+    return losses, max(float((found.weights[k] - w).norm() / w.norm()) for k, w in target.weights.items())
+
+
+def check(runs: list[Run], results: list[Result], world: int) -> None:
+    """Every run within its bounds; prints the worst.
+
+    Newton-Schulz magnifies rounding in near-null directions up to 485 times, so 1e-4 in fp32; a flipped bf16 rounding grows further.
+    """
+    measured = {run: distances(result, run) for run, result in zip(runs, results, strict=True)}
+    for dtype, losses, weights in (("fp32", 1e-5, 1e-4), ("bf16", 2e-2, 2e-2)):
+        of_kind = {run: d for run, d in measured.items() if dict(run.options)["ns_dtype"] == dtype}
+        if of_kind:
+            worst = [max(d[i] for d in of_kind.values()) for i in (0, 1)]
+            print(
+                f"{world} ranks, {dtype}, {len(of_kind)} runs: worst loss {worst[0]:.1e}, worst parameter {worst[1]:.1e}"
+            )
+        for run, (loss, weight) in of_kind.items():
+            assert loss < losses, (run, loss)
+            assert weight < weights, (run, weight)
+
+
+def test_one_process_equals_the_reference() -> None:
+    """Every stage's config: on one process they are all the same engine."""
+    runs = [*GRID, Run(0, 4, CLIP, options=ns("bf16")), Run(0, ffn="moe"), Run(0, options=ns(split_heads=True))]
+    check(runs, all_of(runs, 1), 1)
+    assert wanted(Run()).losses[-1] < wanted(Run()).losses[0] - 0.2, "nothing was learned"
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.timeout(850)
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_every_layout_equals_the_reference(ranks: int, wanted: dict[Any, Result]) -> None:
-    """Plain and ZeRO 1, 2, 3, accumulation 1 and 4, clip off and on, and Muon's options: loss within 1e-5, parameters within 1e-4.
-
-    With Newton-Schulz in bfloat16: 2e-2, the size of its roundings.
-    """
-    found = run_ranks(ranks, run_all, WAYS[ranks], timeout_s=800.0)[0]
-    far = {way: distances(result, wanted[way.mathematics]) for way, result in found.items()}
-    rounded = {way: d for way, d in far.items() if way in ROUNDED}
-    exact = {way: d for way, d in far.items() if way not in ROUNDED}
-    print(
-        f"{ranks} ranks: loss {max(d[0] for d in exact.values()):.1e}, parameters {max(d[1] for d in exact.values()):.1e}"
-    )
-    print(f"{ranks} ranks, bf16 Newton-Schulz: parameters {max(d[1] for d in rounded.values()):.1e}")
-    assert {way: d for way, d in exact.items() if not (d[0] < 1e-5 and d[1] < 1e-4)} == {}
-    assert {way: d for way, d in rounded.items() if not d[1] < 2e-2} == {}
+def test_two_ranks_equal_the_reference() -> None:
+    runs = [*GRID, *ON_TWO]
+    check(runs, run_ranks(2, all_of, runs, 2, timeout_s=400.0)[0], 2)
 
 
-def test_the_reference_learns(wanted: dict[Any, Result]) -> None:
-    for losses, _ in wanted.values():
-        assert losses[-1] < losses[0] - 0.2
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_four_ranks_equal_the_reference() -> None:
+    runs = [*GRID, *ON_FOUR]
+    check(runs, run_ranks(4, all_of, runs, 4, timeout_s=500.0)[0], 4)

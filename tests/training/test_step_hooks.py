@@ -74,7 +74,7 @@ def trained(engine: Engine) -> StepHooks:
         parts = global_batch(step)[engine.rank * share : (engine.rank + 1) * share].split(2)
         for number, tokens in enumerate(parts):
             last = number == len(parts) - 1
-            with engine.accumulating(last):
+            with engine.training_pass(last):
                 loss = NextToken()(engine.model, {"tokens": tokens})
                 engine.backward(loss.total * (math.inf if step == STEPS - 1 else 1.0), last)
             hooks.take(loss.statistics)

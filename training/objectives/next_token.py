@@ -12,9 +12,17 @@ class NextToken:
     """Mean cross-entropy (nats per token) of tokens 1..T given those before, plus the layers' named auxiliary losses."""
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
-        """`batch["tokens"]` is `[B, T + 1]`; optional `batch["document_ids"]` `[B, T]` keeps attention inside documents."""
+        """`batch["tokens"]` is `[B, T + 1]`; optional `batch["document_ids"]` `[B, T]` keeps attention inside documents.
+
+        `batch["position_ids"]` `[1, T]` are given where tokens are a part of longer rows (sequence parallelism).
+        """
         tokens = batch["tokens"]
-        output = model(tokens[:, :-1], document_ids=batch.get("document_ids"), use_cache=False)
+        output = model(
+            tokens[:, :-1],
+            document_ids=batch.get("document_ids"),
+            position_ids=batch.get("position_ids"),
+            use_cache=False,
+        )
         prediction = token_loss(output.logits, tokens[:, 1:])
         auxiliary = output.auxiliary or {}
         extra = {name: value for name, value in auxiliary.items() if name.startswith("loss/")}
