@@ -1,24 +1,35 @@
-"""What a config will need, told before anything runs: parameters, tokens, memory per rank by ZeRO stage."""
+"""What a config will need, told before anything runs: parameters, tokens, memory per rank, time per step, and whether it fits."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from configs.errors import UserError
+from configs.loading import config_from_tree
 from configs.schema import RunConfig
+from launch import memory, step_time
+from launch.machines import GIB, Machine, machine
+from launch.memory import FLOAT, Memory, elements
+from launch.step_time import StepTime
 from modeling.decoder import MesokurtForCausalLM
 from modeling.to_stock import obstacle
+from training.accelerator import accumulation
 from training.build import build_optimizer, check_hooks, model_config
+from training.expert_parallel import check_world
+from training.optim.routing import Route
+from training.sequence_parallel import check_sequence
 
-FLOAT = 4
-STATE_FLOATS = {"muon": 1, "adamw": 2}
+HEADROOM = 0.95
+"""Share of a device's memory that may be planned for; the rest goes to fragmentation."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Counts, and bytes per rank of parameters + gradients + optimizer states (activations come on top)."""
+    """Counts, and bytes per rank of parameters + gradients + optimizer states by ZeRO stage."""
 
     parameters: int
     by_algorithm: dict[str, int]
@@ -34,6 +45,38 @@ class Size:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would take on a device."""
+
+    device: Machine
+    memory: Memory
+    step: StepTime
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the device's memory, with some headroom."""
+        return self.memory.peak <= HEADROOM * self.device.memory
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain mapping."""
+        took = {**asdict(self.step), "seconds": self.step.seconds}
+        used = {**asdict(self.memory), "peak": self.memory.peak, "available": self.device.memory}
+        return {"device": self.device.name, "memory_bytes": used, "step_seconds": took, "fits": self.fits}
+
+
+def network(config: RunConfig) -> tuple[MesokurtForCausalLM, list[Route]]:
+    """The network without memory (meta device), and who trains what.
+
+    Raises:
+        ConfigError: a hook, an option or a parameter's routing is wrong.
+    """
+    check_hooks(config)
+    with torch.device("meta"):
+        model = MesokurtForCausalLM(model_config(config))
+    return model, build_optimizer(config, model)[1]
+
+
 def _stage_bytes(parameters: int, states: int, ranks: int) -> dict[int, int]:
     """Float32 everywhere; ZeRO 1 and 2 keep a partitioned master copy beside the whole parameters, ZeRO 3 partitions those themselves."""
     shard = (states + parameters) * FLOAT // ranks
@@ -45,62 +88,131 @@ def _stage_bytes(parameters: int, states: int, ranks: int) -> dict[int, int]:
     }
 
 
-def _activation_bytes(config: RunConfig) -> int:
-    """Rough: what one micro-batch keeps for the backward pass.
-
-    Per token and layer 12 D + 4 F values in the arithmetic's width (with checkpointing: D), plus logits in that width and twice in
-    float32 (softmax and its gradient).
-    """
-    m, t = config.model, config.train
-    width = 2 if t.dtype == "bf16" else 4
-    per_layer = m.width if t.activation_checkpointing else 12 * m.width + 4 * m.resolved_ffn_width
-    per_token = m.layers * per_layer * width + m.vocab_size * (width + 8)
-    return t.micro_batch * m.context * per_token
-
-
 def inspect_config(config: RunConfig, ranks: int) -> Size:
-    """Resolve every hook, build the network without memory (meta device) and count.
+    """Resolve every hook, build the network without memory and count.
 
     Raises:
         ConfigError: a hook, an option or a parameter's routing is wrong.
     """
-    check_hooks(config)
-    with torch.device("meta"):
-        model = MesokurtForCausalLM(model_config(config))
+    model, routes = network(config)
     reason = obstacle(model) if set(config.export.formats) - {"remote-code"} else None
     notes = (
         [f"{reason} has no counterpart in a stock architecture: the run will end without an export"] if reason else []
     )
-    _, routes = build_optimizer(config, model)
-    by_algorithm: dict[str, int] = {}
-    for r in routes:
-        by_algorithm[r.algorithm] = by_algorithm.get(r.algorithm, 0) + r.parameter.numel()
-    total = sum(by_algorithm.values())
-    states = sum(STATE_FLOATS.get(name, 2) * count for name, count in by_algorithm.items())
+    by_algorithm = {name: elements(routes, name) for name in dict.fromkeys(r.algorithm for r in routes)}
+    states = sum(memory.STATES.get(name, 2) * count for name, count in by_algorithm.items())
     per_step = config.train.global_batch * config.model.context
     return Size(
-        total,
+        elements(routes),
         by_algorithm,
         per_step * config.train.steps,
         per_step,
         ranks,
-        _stage_bytes(total, states, ranks),
-        _activation_bytes(config),
+        _stage_bytes(elements(routes), states, ranks),
+        memory.activation_bytes(config, config.parallel.sequence if ranks > 1 else 1),
         notes,
+    )
+
+
+def forecast(config: RunConfig, ranks: int, device_name: str) -> Forecast:
+    """Memory and step time of `ranks` ranks on a device.
+
+    Raises:
+        UserError: batches that do not divide among the ranks.
+    """
+    accumulation(config, ranks)
+    check_world(config.parallel.expert, ranks)
+    check_sequence(config, ranks)
+    model, routes = network(config)
+    device = machine(device_name, ranks, zero=ranks > 1 and config.parallel.zero_stage > 0)
+    return Forecast(
+        device,
+        memory.predict(config, routes, ranks, device),
+        step_time.predict(config, model, routes, ranks, device),
+    )
+
+
+def _changes(config: RunConfig, ranks: int) -> Iterator[dict[str, Any]]:
+    """What can be changed to need less, gentlest first; each builds on the ones before."""
+    wanted: dict[str, Any] = {}
+    micro = config.train.micro_batch
+    if not config.train.activation_checkpointing:
+        wanted["train.activation_checkpointing"] = True
+        yield wanted
+    while micro > 1 and micro % 2 == 0:
+        micro //= 2
+        wanted["train.micro_batch"] = micro
+        yield wanted
+    if ranks > 1 and config.parallel.expert == 1:
+        for stage in range(config.parallel.zero_stage + 1, 4):
+            wanted["parallel.zero_stage"] = stage
+            yield wanted
+        if config.parallel.offload == "none":
+            wanted["parallel.offload"] = "optimizer"
+            yield wanted
+
+
+def refuse_if_too_large(name: str, config: RunConfig, found: Forecast, ranks: int) -> None:
+    """Say in one line what does not fit and which changes would make it fit.
+
+    Raises:
+        UserError: the peak is above the device's memory.
+    """
+    if found.fits:
+        return
+    device, used = found.device, found.memory
+    _, routes = network(config)
+    remedy = "more ranks, or a smaller network"
+    for changes in _changes(config, ranks):
+        tree = config.model_dump(mode="json")
+        for key, value in changes.items():
+            section, _, leaf = key.partition(".")
+            tree[section][leaf] = value
+        tree["train"]["compile"] = tree["train"]["compile"] and tree["parallel"]["zero_stage"] < 3
+        smaller = config_from_tree(tree, name)
+        if Forecast(device, memory.predict(smaller, routes, ranks, device), found.step).fits:
+            remedy = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+            break
+    raise UserError(
+        f"{name}: does not fit: {used.peak / GIB:.1f} GiB per rank on {ranks} ranks, {device.name} has {device.memory / GIB:.0f} GiB; "
+        f"try {remedy}"
     )
 
 
 def describe(name: str, size: Size) -> str:
     """A few lines for a person."""
     split = ", ".join(f"{algorithm} {count:,}" for algorithm, count in size.by_algorithm.items())
-    memory = ", ".join(f"ZeRO-{stage} {used / 2**30:.2f} GiB" for stage, used in size.state_bytes_by_stage.items())
+    states = ", ".join(f"ZeRO-{stage} {used / GIB:.2f} GiB" for stage, used in size.state_bytes_by_stage.items())
     return "\n".join(
         [
             f"{name}: good",
             f"  parameters {size.parameters:,} ({split})",
             f"  tokens {size.tokens:,} in steps of {size.tokens_per_step:,}",
-            f"  states per rank on {size.ranks} ranks: {memory}",
-            f"  activations per rank (estimate): {size.activation_bytes / 2**30:.2f} GiB",
+            f"  states per rank on {size.ranks} ranks: {states}",
+            f"  activations per rank (estimate): {size.activation_bytes / GIB:.2f} GiB",
             *(f"  note: {note}" for note in size.notes),
+        ]
+    )
+
+
+def describe_forecast(found: Forecast) -> str:
+    """Two more lines: memory by part, time by part."""
+    used, step = found.memory, found.step
+    parts = (
+        ("libraries", used.base),
+        ("weights", used.parameters),
+        ("gradients", used.gradients),
+        ("optimizer", used.optimizer),
+        ("activations", used.activations),
+        ("optimizer's work", used.optimizer_work),
+    )
+    listed = ", ".join(f"{what} {amount / GIB:.2f}" for what, amount in parts)
+    host = f"; host {used.host / GIB:.2f} GiB" if used.host else ""
+    return "\n".join(
+        [
+            f"  memory per rank on {found.device.name}: {used.peak / GIB:.2f} of {found.device.memory / GIB:.0f} GiB ({listed}{host})",
+            f"  step: {step.seconds:.3g} s, {step.tokens / step.seconds:,.0f} tokens/s (products {step.compute:.3g} s at "
+            f"{found.device.fraction:.0%} of the peak rate, Newton-Schulz {step.newton_schulz:.3g} s, "
+            f"communication {step.communication:.3g} s)",
         ]
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from configs.errors import ConfigError
 
-EXAMPLE = "mesokurt config check configs/osp-1.4b.yaml --ranks 64"
+EXAMPLE = "mesokurt config check configs/osp-1.4b.yaml --ranks 64 --gpu h100"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files", nargs="*", metavar="FILE|section.key=value", help="configs, and overrides applied to each of them"
     )
     parser.add_argument("--ranks", type=int, default=8, help="ranks for the memory table (default: %(default)s)")
+    parser.add_argument(
+        "--gpu",
+        choices=["h200", "h100", "a100", "cpu"],
+        help="predict memory and step time on it (cpu: this machine), and refuse what does not fit",
+    )
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
@@ -31,7 +36,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         schema = RunConfig.model_json_schema()
         print(json.dumps(schema, indent=1))
         return schema, 0
-    from launch.preflight import describe, inspect_config
+    from launch.preflight import describe, describe_forecast, forecast, inspect_config, refuse_if_too_large
 
     files = [word for word in arguments.files if "=" not in word]
     overrides = [word for word in arguments.files if "=" in word]
@@ -41,7 +46,14 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         raise ConfigError(f"--ranks {arguments.ranks}: must be at least 1")
     found = {}
     for name in files:
-        size = inspect_config(load_config(name, overrides), arguments.ranks)
-        print(describe(name, size))
+        config = load_config(name, overrides)
+        size = inspect_config(config, arguments.ranks)
         found[name] = size.as_json()
+        if arguments.gpu is None:
+            print(describe(name, size))
+            continue
+        expected = forecast(config, arguments.ranks, arguments.gpu)
+        refuse_if_too_large(name, config, expected, arguments.ranks)
+        print(describe(name, size), describe_forecast(expected), sep="\n")
+        found[name]["forecast"] = expected.as_json()
     return {"configs": found}, 0

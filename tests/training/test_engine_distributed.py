@@ -133,9 +133,9 @@ Found = tuple[dict[int, Skip], dict[int, bool], dict[str, float]]
 
 
 def _all_on_ranks(root: Path) -> Found:
-    memory = _never_whole(root)
     whole = {stage: _starts_whole(stage) and _takes_weights(stage) for stage in STAGES}
-    return {stage: _skipped_step(stage) for stage in STAGES}, whole, memory
+    skips = {stage: _skipped_step(stage) for stage in STAGES}
+    return skips, whole, _never_whole(root)  # last: by now every library is loaded
 
 
 @pytest.fixture(scope="module")
