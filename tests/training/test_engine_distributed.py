@@ -93,33 +93,39 @@ def peak_since(reset: bool) -> int:
     return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
-def large_engine(seed: int) -> Engine:
-    """14M parameters under ZeRO-3, the largest tensor a seventh of them, never whole on a rank."""
+def large_engine(seed: int) -> tuple[Engine, float]:
+    """27M parameters under ZeRO-3, and how much memory grew to build the network, in multiples of its weights."""
     forget_accelerator()
     config, ranks = Case(3, micro=1).config(), read_rank_environment()
-    shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 12, "vocab_size": 8192}
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
     accelerator, pieces = start(config, ranks), partition(config, ranks)
     assert pieces is not None
+    before = peak_since(reset=True)
     model = partitioned_model(small_config(seed, **shape), pieces)
-    return Engine(config, accelerator, model, Muon(route(model, Muon.algorithms()), 1e-2, 0.0, AdamSettings(1e-2, 0.0)))
+    growth = (peak_since(reset=False) - before) / weight_bytes(model)
+    optimizer = Muon(route(model, Muon.algorithms()), 1e-2, 0.0, AdamSettings(1e-2, 0.0))
+    return Engine(config, accelerator, model, optimizer), growth
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all whole parameters."""
+    return 4 * sum(math.prod(whole_shape(p)) for p in model.parameters())
 
 
 def _never_whole(root: Path) -> dict[str, float]:
-    """Growth of this rank's memory, in multiples of the model's weights: built, after a step, highest until then, while saving, resumed."""
+    """Growth of this rank's memory, in multiples of the model's weights, to build it and to save it; and whether a resumed run is equal."""
     (root / "tokenizer").mkdir(exist_ok=True)
-    before = peak_since(reset=True)
-    engine = large_engine(0)
-    weights = 4 * sum(math.prod(whole_shape(p)) for p in engine.module.parameters())
-    found = {"built": (peak_since(reset=False) - before) / weights}
+    engine, growth = large_engine(0)
+    found = {"built": growth}
     case = Case(3, micro=1)
     train_step(engine, case, 0)
     held = resident_bytes()
     peak_since(reset=True)
     target = save_checkpoint(engine, root / "large" / "checkpoints", Progress(1, 1), root / "tokenizer", every=None)
-    found["saved"] = (peak_since(reset=True) - held) / weights
+    found["saved"] = (peak_since(reset=False) - held) / weight_bytes(engine.module)
     wanted = tensors_of(engine)
     dispose(engine)
-    again = large_engine(7)
+    again, _ = large_engine(7)
     load_weights(target, again)
     load_training_state(target, again)
     restored = tensors_of(again)
