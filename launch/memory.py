@@ -49,14 +49,14 @@ def elements(routes: list[Route], algorithm: str | None = None) -> int:
 def activation_bytes(config: RunConfig, sequence: int) -> int:
     """What one micro-batch keeps for the backward pass.
 
-    Per token and layer 12 D + 4 F values in the arithmetic's width (recomputed: D, and one layer's whole set), and the logits in that
-    width and twice in float32 (softmax and gradient). With sequence parallelism a rank has its share of the tokens.
+    Per token and layer 12 D + 4 F values in the arithmetic's width (recomputed: D, and one layer's whole set), and three float32 values per
+    logit: log-softmax, its gradient, and the logits' gradient. With sequence parallelism a rank has its share of the tokens.
     """
     m, t = config.model, config.train
     width = 2 if t.dtype == "bf16" else FLOAT
     layer = (12 * m.width + 4 * m.resolved_ffn_width) * width
     layers = m.layers * m.width * width + layer if t.activation_checkpointing else m.layers * layer
-    return t.micro_batch * m.context // sequence * (layers + m.vocab_size * (width + 8))
+    return t.micro_batch * m.context // sequence * (layers + m.vocab_size * 3 * FLOAT)
 
 
 def optimizer_work_bytes(routes: list[Route], ranks: int, sharded: bool) -> int:
