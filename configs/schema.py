@@ -231,6 +231,15 @@ class AdamSection(Section):
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
 
 
+class FreezeSection(Section):
+    """Parameters that stay as they are for the first steps of a run."""
+
+    parameters: str
+    """Pattern of names (`*` matches anything), e.g. `*.mlp.experts.*`; the receipt lists the names."""
+    until: Positive | None = None
+    """They train from this step on; null: never."""
+
+
 class OptimSection(Section):
     """Optimizer, learning rate and its schedule."""
 
@@ -245,6 +254,8 @@ class OptimSection(Section):
     schedule: Hook = hook("wsd")
     warmup: NonNegative = 0
     """Linear warm-up, in steps; a run shorter than that ends on the way up."""
+    freeze: list[FreezeSection] = Field(default_factory=list)
+    """Stages of adaptation: what waits, and until when. Gradients flow through frozen parameters and count in `train.clip_norm`."""
 
 
 class GuardSection(Section):

@@ -17,7 +17,7 @@ from analysis.probes.pruning import WidthPruning
 from analysis.probes.sites import find_taps, tapped
 from configs.errors import UserError
 from configs.loading import dump_config, load_config
-from configs.schema import HookSpec
+from configs.schema import FreezeSection, HookSpec
 from launch.loading import calibration_rows, load_model
 from modeling.folders import checkpoints, resolve
 from training.conversion import Cut, Groups, Partition, group_neurons
@@ -29,13 +29,14 @@ ACTIVITY_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Request:
-    """How to cut, what neurons are ranked by, how they are grouped, and on which text both are measured."""
+    """How to cut, what neurons are ranked by and how they are grouped, on which text; for how many steps the experts then wait."""
 
     cut: Cut
     scores: Literal["contribution", "activation", "weight"] = "contribution"
     partition: Partition = "snake"
     text: Path | None = None
     rows: int = 64
+    frozen_steps: int = 0
 
     @property
     def needs_text(self) -> bool:
@@ -132,6 +133,10 @@ def convert(where: str, step: int | None, request: Request, out: Path) -> dict[s
     if request.rows < 1:
         raise UserError(f"--rows {request.rows}: must be at least 1", exit_code=2)
     source, run = find_checkpoint(where, step)
+    if request.frozen_steps < 0 or (request.frozen_steps and run is None):
+        raise UserError(
+            f"--frozen-steps {request.frozen_steps}: at least 0, and for checkpoints of a run only", exit_code=2
+        )
     converted_config(source, request.cut)  # refuse before anything is measured
     group = layer_groups(request, source, run)
     target = out if run is None else out / "checkpoints" / source.name
@@ -139,7 +144,7 @@ def convert(where: str, step: int | None, request: Request, out: Path) -> dict[s
         target.parent.mkdir(parents=True, exist_ok=True)
         config = convert_folder(source, target, request.cut, group)
         if run is not None:
-            write_run_config(run, out, config.ffn)
+            write_run_config(run, out, config.ffn, request.frozen_steps, int(source.name[5:]))
     except OSError as error:
         shutil.rmtree(out, ignore_errors=True)
         raise UserError(f"--out {out}: cannot be written ({error})") from None
@@ -156,12 +161,14 @@ def convert(where: str, step: int | None, request: Request, out: Path) -> dict[s
     }
 
 
-def write_run_config(run: Path, out: Path, ffn: dict[str, Any]) -> None:
-    """The run's config with the converted FFN, whose run directory is `out`."""
+def write_run_config(run: Path, out: Path, ffn: dict[str, Any], frozen_steps: int, step: int) -> None:
+    """The run's config with the converted FFN, whose run directory is `out`, experts frozen for some steps after `step`."""
     config = load_config(run / "config.yaml")
     spec = HookSpec(name=ffn["name"], options=ffn["options"])
     model = config.model.model_copy(update={"ffn": spec, "ffn_width": config.model.resolved_ffn_width})
     section = config.run.model_copy(update={"dir": str(out)})
-    (out / "config.yaml").write_text(
-        dump_config(config.model_copy(update={"model": model, "run": section})), encoding="utf-8"
-    )
+    changes: dict[str, Any] = {"model": model, "run": section}
+    if frozen_steps:
+        wait = FreezeSection(parameters="*.mlp.*experts.*", until=step + frozen_steps)
+        changes["optim"] = config.optim.model_copy(update={"freeze": [*config.optim.freeze, wait]})
+    (out / "config.yaml").write_text(dump_config(config.model_copy(update=changes)), encoding="utf-8")

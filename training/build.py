@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from analysis.hooks import PROBE
@@ -15,7 +16,7 @@ from quant.methods import method_of
 from training.expert_parallel import check_expert_parallel
 from training.hooks import OBJECTIVE, OPTIMIZER, SAMPLER, SCHEDULE
 from training.optim.routed import AdamSettings, RoutedOptimizer
-from training.optim.routing import Route, route
+from training.optim.routing import Route, freeze, route
 from training.optim.schedules import Schedule
 from training.partitioned import partitioned_model
 
@@ -99,6 +100,8 @@ def build_optimizer(config: RunConfig, model: MesokurtForCausalLM) -> tuple[Rout
     cls = check(OPTIMIZER, o.name, o.options)
     assert issubclass(cls, RoutedOptimizer)
     routes = route(model, cls.algorithms(**o.options), split_heads=bool(o.options.get("split_heads", False)))
+    for rule in o.freeze:
+        routes = freeze(routes, rule.parameters, rule.until or sys.maxsize)
     decay = o.weight_decay if o.adam.weight_decay is None else o.adam.weight_decay
     adam = AdamSettings(o.adam.lr or o.lr, decay, o.adam.betas, o.adam.eps)
     spec = {"name": o.name, "options": o.options}

@@ -79,10 +79,10 @@ class Engine:
         if self.experts is not None:
             self.experts.cut()
 
-    def set_lr_factor(self, factor: float) -> None:
-        """Every learning rate = its own peak times `factor`."""
+    def set_lr_factor(self, factor: float, step: int) -> None:
+        """Every learning rate = its own peak times `factor`; parameters that are frozen at `step` are left alone."""
         for optimizer in [self.optimizer] if self.experts is None else [self.optimizer, self.experts.optimizer]:
-            optimizer.set_lr_factor(factor)
+            optimizer.set_lr_factor(factor, step)
 
     @property
     def is_main(self) -> bool:

@@ -66,7 +66,7 @@ class Trainer:
         """Train from where `progress` stands to `train.steps`."""
         self.engine.model.train()
         while (index := self.progress.step) < self.config.train.steps:
-            self.engine.set_lr_factor(self.schedule(index))
+            self.engine.set_lr_factor(self.schedule(index), index)
             self.step_hooks.before(index, self.config.train.steps)
             self.forward_backward(index + self.progress.data_shift)
             leap = self.guard.leaps()

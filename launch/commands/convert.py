@@ -42,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rows", type=int, default=64, help="rows of text to measure on (default: %(default)s)")
     parser.add_argument(
+        "--frozen-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the converted run's first N steps train the routers and everything but the experts (optim.freeze in its config)",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         required=True,
@@ -56,7 +63,9 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     from training.conversion import Cut
 
     cut = Cut(arguments.experts, arguments.active, arguments.shared, arguments.upcycle == "copy")
-    request = Request(cut, arguments.scores, arguments.partition, arguments.text, arguments.rows)
+    request = Request(
+        cut, arguments.scores, arguments.partition, arguments.text, arguments.rows, arguments.frozen_steps
+    )
     result = convert(arguments.checkpoint, arguments.step, request, arguments.out)
     print(
         f"{result['out']}: {cut.experts} experts of {result['expert_width']} neurons, {cut.active} active, {cut.shared} shared: "

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import ConfigError, UserError
 from launch.cli import main
 from launch.conversion import Request, convert
 from modeling.auto import load_whole
@@ -69,6 +69,30 @@ def test_training_goes_on_without_a_jump(dense: Path, tmp_path: Path, optimizer:
     if optimizer == "adamw":
         assert all(abs(after[step] - before[step]) < 0.01 for step in after)
     assert resolve(tmp_path / "moe").name == "step-00000006"
+
+
+def test_experts_wait_while_routers_adapt_and_then_all_train(dense: Path, tmp_path: Path) -> None:
+    """Expert-frozen adaptation for two steps after conversion at step 3, then one step of everything."""
+    result = convert(str(dense), 3, Request(Cut(4, 2), frozen_steps=2), tmp_path / "moe")
+    config = load_config(result["config"], ["checkpoint.every=1", "checkpoint.keep=9"])
+    pretrain(config)
+    saved = {int(f.name[5:]): f for f in checkpoints(tmp_path / "moe")}
+    weights = {step: load_file(folder / "model.safetensors") for step, folder in saved.items()}
+    states = {step: load_file(folder / "optimizer.safetensors") for step, folder in saved.items()}
+    experts = [name for name in weights[3] if ".experts." in name]
+    assert len(experts) == 6
+    for name in experts:
+        assert torch.equal(weights[5][name], weights[3][name])
+        assert torch.equal(states[5][f"momentum/{name}"], states[3][f"momentum/{name}"])
+        assert not torch.equal(weights[6][name], weights[5][name])
+    others = [name for name in weights[3] if name.endswith((".router.weight", "_proj.weight"))]
+    assert others
+    assert all(not torch.equal(weights[4][name], weights[3][name]) for name in others)
+
+
+def test_a_freeze_that_matches_nothing_is_one_line(dense: Path) -> None:
+    with pytest.raises(ConfigError, match=r"optim\.freeze: 'nothing' matches no trained parameter"):
+        train_in(dense.parent, "frozen", "optim.freeze=[{parameters: nothing}]")
 
 
 def test_upcycled_copies_compute_what_the_dense_layer_did(dense: Path, tmp_path: Path) -> None:

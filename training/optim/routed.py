@@ -38,8 +38,8 @@ class RoutedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, routes: list[Route], lr: float, weight_decay: float, adam: AdamSettings) -> None:
         groups = []
-        for algorithm, decayed in dict.fromkeys((r.algorithm, r.decayed) for r in routes):
-            members = [r for r in routes if (r.algorithm, r.decayed) == (algorithm, decayed)]
+        for algorithm, decayed, until in dict.fromkeys((r.algorithm, r.decayed, r.frozen_until) for r in routes):
+            members = [r for r in routes if (r.algorithm, r.decayed, r.frozen_until) == (algorithm, decayed, until)]
             rate, decay = (adam.lr, adam.weight_decay) if algorithm == "adamw" else (lr, weight_decay)
             groups.append(
                 {
@@ -48,6 +48,8 @@ class RoutedOptimizer(torch.optim.Optimizer):
                     "lr": rate,
                     "peak_lr": rate,
                     "weight_decay": decay if decayed else 0.0,
+                    "frozen_until": until,
+                    "frozen": until > 0,
                 }
             )
         self.adam = adam
@@ -83,10 +85,11 @@ class RoutedOptimizer(torch.optim.Optimizer):
         self.routes = {name: route for name, route in self.routes.items() if name not in names}
         return other
 
-    def set_lr_factor(self, factor: float) -> None:
-        """Every group's learning rate = its own peak times `factor`."""
+    def set_lr_factor(self, factor: float, step: int = 0) -> None:
+        """Every group's learning rate = its own peak times `factor`; groups that wait beyond `step` stay as they are, states too."""
         for group in self.param_groups:
             group["lr"] = group["peak_lr"] * factor
+            group["frozen"] = step < group["frozen_until"]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -94,7 +97,7 @@ class RoutedOptimizer(torch.optim.Optimizer):
         assert closure is None, "closures are not supported"
         kept = [(values, values.clone()) for values in self._held_values()]
         for group in self.param_groups:
-            tensors = [p for p in group["params"] if p.grad is not None]
+            tensors = [] if group["frozen"] else [p for p in group["params"] if p.grad is not None]
             if tensors and self.gradient_factor != 1.0:
                 torch._foreach_mul_([p.grad for p in tensors], self.gradient_factor)
             if tensors:

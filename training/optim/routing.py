@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ class Route:
     algorithm: str
     decayed: bool
     blocks: tuple[int, int, int] | None
+    frozen_until: int = 0
 
 
 def _declared(module: nn.Module, leaf: str) -> Role | None:
@@ -118,9 +121,27 @@ def route(model: nn.Module, algorithms: Mapping[Role, str], split_heads: bool = 
     return routes
 
 
+def _waits(route: Route) -> str:
+    if not route.frozen_until:
+        return ""
+    return "  (frozen)" if route.frozen_until == sys.maxsize else f"  (frozen until step {route.frozen_until})"
+
+
+def freeze(routes: list[Route], pattern: str, until: int) -> list[Route]:
+    """The routes, those whose names match `pattern` (`*` matches anything) frozen until step `until`.
+
+    Raises:
+        ConfigError: no name matches.
+    """
+    names = fnmatch.filter([r.name for r in routes], pattern)
+    if not names:
+        raise ConfigError(f"optim.freeze: {pattern!r} matches no trained parameter; names are like {routes[-1].name}")
+    return [replace(r, frozen_until=max(until, r.frozen_until)) if r.name in names else r for r in routes]
+
+
 def receipt(routes: list[Route]) -> str:
     """A printable table: every parameter, its shape and its algorithm, then totals that add up to the whole model."""
-    lines = [f"  {r.algorithm:<6} {r.role:<9} {'x'.join(map(str, r.shape)):>14}  {r.name}" for r in routes]
+    lines = [f"  {r.algorithm:<6} {r.role:<9} {'x'.join(map(str, r.shape)):>14}  {r.name}{_waits(r)}" for r in routes]
     counts: dict[str, tuple[int, int]] = {}
     for r in routes:
         tensors, elements = counts.get(r.algorithm, (0, 0))
