@@ -25,9 +25,9 @@ from modeling.sparse_inference import LowRankPredictor, SparseFFN, sparsify
 from training.run_directory import environment
 
 WIDTH, FFN, LAYERS, HEADS, VOCAB = 1024, 4096, 6, 16, 4096
-SHARES = (0.1, 0.05, 0.02)
+SHARES = (0.1, 0.05)
 RANK = 64
-ROUNDS, PROMPT, GENERATED = 25, 16, 24
+ROUNDS, PROMPT, GENERATED = 15, 16, 16
 
 
 def relu_model(ffn: str) -> MesokurtForCausalLM:
@@ -131,7 +131,7 @@ def generation_times(models: dict[str, Any], prompt: Tensor) -> dict[str, float]
     calls: dict[str, Callable[[], None]] = {}
     for name, model in models.items():
         calls |= {f"{name} 1": generate(model, 1), f"{name} all": generate(model, GENERATED + 1)}
-    seconds = interleaved(calls, 5)
+    seconds = interleaved(calls, 3)
     return {name: (seconds[f"{name} all"] - seconds[f"{name} 1"]) / GENERATED for name in models}
 
 
