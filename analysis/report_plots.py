@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,8 +62,9 @@ def loss_plot(
     train: tuple[list[float], list[float]],
     held_out: tuple[list[float], list[float]],
     rate: tuple[list[float], list[float]],
+    quantized: Mapping[str, tuple[list[float], list[float]]],
 ) -> Figure:
-    """Training and held-out loss above, learning rate below; each is (steps, values)."""
+    """Training, held-out and few-bit held-out loss above, learning rate below; each is (steps, values)."""
     with figure_style():
         figure = Figure(figsize=(8.2, 4.2))
         top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [4, 1], "hspace": 0.12})
@@ -71,6 +72,9 @@ def loss_plot(
             top.plot(*_thinned(*train), color=BLUE, label="training", linewidth=1.2)
         if held_out[0]:
             top.plot(*held_out, color=ORANGE, label="held-out", marker="o", markersize=4)
+        for index, (name, values) in enumerate(quantized.items()):
+            colour = DEPTH((index + 0.5) / len(quantized))
+            top.plot(*values, color=colour, label=f"held-out at {name}", marker="s", markersize=4, linestyle="--")
         top.set_ylabel("nats per token")
         top.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         if rate[0]:
@@ -147,17 +151,18 @@ def histogram_plot(row: dict[str, Any], site: str) -> Figure:
     return figure
 
 
-def ladder_plot(bits: list[str], plain: list[float | None], rotated: list[float | None]) -> Figure:
-    """Perplexity relative to full precision at each W-A-KV setting, without and with the FFN Hadamard."""
+def ladder_plot(bits: list[str], ratios: dict[str, list[float | None]]) -> Figure:
+    """Perplexity relative to full precision at each W-A-KV setting, by method."""
     with figure_style():
         figure = Figure(figsize=(8.2, 3.0))
         axes = figure.subplots()
         places = np.arange(len(bits))
-        both = [(plain, BLUE, "round to nearest"), (rotated, ORANGE, "with FFN Hadamard")]
-        shown = [(values, colour, name) for values, colour, name in both if any(v is not None for v in values)]
+        shown = [(name, values) for name, values in ratios.items() if any(v is not None for v in values)]
+        colours = [BLUE, ORANGE, GREEN] if len(shown) <= 3 else DEPTH(np.linspace(0, 1, len(shown)))
         width = 0.76 / max(1, len(shown))
         largest = 1.0
-        for index, (values, colour, name) in enumerate(shown):
+        for index, (name, values) in enumerate(shown):
+            colour = colours[index]
             heights = [math.nan if v is None or not math.isfinite(v) else v for v in values]
             offset = (index - (len(shown) - 1) / 2) * width
             bars = axes.bar(places + offset, [h - 1.0 for h in heights], width * 0.94, 1.0, color=colour, label=name)

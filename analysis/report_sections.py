@@ -51,7 +51,7 @@ def _final(run: RunRecord, evaluated: str, logged: str) -> float | None:
 def key_figures(run: RunRecord) -> str:
     """The few numbers that a reader wants first."""
     loss, bits = _final(run, "nats_per_token", "eval/loss"), _final(run, "bits_per_byte", "eval/bits_per_byte")
-    severe = next((r for r in _rungs(run) if r["bits"] == "4-4-4" and not r["hadamard"]), {})
+    severe = next((r for r in _rungs(run) if r["bits"] == "4-4-4" and r["method"] == "rtn"), {})
     found = [
         (loss, "held-out loss, nats per token"),
         (bits, "held-out bits per byte"),
@@ -73,10 +73,13 @@ def loss(run: RunRecord) -> str:
     train, held_out = run.series("loss"), run.series("eval/loss")
     if not train[0] and not held_out[0]:
         return h.section("Loss", h.missing("No losses in metrics.jsonl."))
-    svg = inline_svg(plots.loss_plot(train, held_out, run.series("lr")), "loss", "Loss and learning rate over training")
+    few = {key.partition("@")[2]: None for row in run.rows for key in row if key.startswith("eval/loss@")}
+    series = {name: values for name in few if (values := run.series(f"eval/loss@{name}"))[0]}
+    figure = plots.loss_plot(train, held_out, run.series("lr"), series)
+    svg = inline_svg(figure, "loss", "Loss and learning rate over training")
     last = [
         f"{name} {h.figures(values[-1])}"
-        for name, (_, values) in (("training", train), ("held-out", held_out))
+        for name, (_, values) in (("training", train), ("held-out", held_out), *series.items())
         if values
     ]
     return h.section("Loss", h.plot(svg, f"Mean cross-entropy in nats per token; last logged: {', '.join(last)}."))
@@ -154,8 +157,8 @@ def _rungs(run: RunRecord) -> list[dict[str, Any]]:
     for rung in rungs if isinstance(rungs, list) else []:
         if isinstance(rung, dict) and "bits" in rung:
             measured = {key: number(rung.get(key)) for key in ("loss", "perplexity", "ratio", "bits_per_byte")}
-            hadamard, text = rung.get("hadamard") is True, str(rung.get("note") or "")
-            found.append({"bits": str(rung["bits"]), "hadamard": hadamard, "note": text, **measured})
+            method = str(rung.get("method") or ("rtn+hadamard" if rung.get("hadamard") is True else "rtn"))
+            found.append({"bits": str(rung["bits"]), "method": method, "note": str(rung.get("note") or ""), **measured})
     return found
 
 
@@ -165,18 +168,19 @@ def ladder(run: RunRecord) -> str:
     if not rungs:
         return h.section(title, h.missing("No 4-bit table: evaluation.json is missing or has no ladder."))
     bits = list(dict.fromkeys(rung["bits"] for rung in rungs))
-    ratios = {(rung["bits"], rung["hadamard"]): rung["ratio"] for rung in rungs}
+    methods = list(dict.fromkeys(rung["method"] for rung in rungs))
+    ratios = {(rung["bits"], rung["method"]): rung["ratio"] for rung in rungs}
     parts = []
     if any(ratio is not None and math.isfinite(ratio) for ratio in ratios.values()):
-        figure = plots.ladder_plot(bits, [ratios.get((b, False)) for b in bits], [ratios.get((b, True)) for b in bits])
-        caption = "Perplexity relative to full precision, round to nearest; 1 means no loss at all."
+        figure = plots.ladder_plot(bits, {method: [ratios.get((b, method)) for b in bits] for method in methods})
+        caption = "Perplexity relative to full precision, by method; 1 means no loss at all."
         parts.append(h.plot(inline_svg(figure, "ladder", caption), caption))
-    head = ["bits", "FFN Hadamard", "nats per token", "perplexity", "ratio", "bits per byte"]
+    head = ["bits", "method", "nats per token", "perplexity", "ratio", "bits per byte"]
     noted = any(rung["note"] for rung in rungs)
     rows = [
         [
             rung["bits"],
-            "yes" if rung["hadamard"] else "no",
+            rung["method"],
             *(h.figures(rung[key]) for key in ("loss", "perplexity", "ratio", "bits_per_byte")),
             *([rung["note"]] if noted else []),
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from configs.errors import UserError
-from quant.export_folder import SHARD_BYTES, appearing, copy_tokenizer
+from quant.export_folder import SHARD_BYTES, appearing, check_full_precision, copy_tokenizer
 
 NF4_BLOCK = 64
 # The output rows that bitsandbytes' AVX512-BF16 kernel handles together.
@@ -26,17 +25,6 @@ class NF4Export:
     path: Path
     packed_layers: int
     notes: tuple[str, ...]
-
-
-def _check_source(source: Path) -> None:
-    config_file = source / "config.json"
-    if not config_file.is_file():
-        raise UserError(f"{source} has no config.json: give a folder with an exported Hugging Face model")
-    if not list(source.glob("*.safetensors")):
-        raise UserError(f"{source} has no .safetensors file: export the model with safetensors weights first")
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    if "quantization_config" in config:
-        raise UserError(f"{config_file} is of a model that is quantized already: give the full-precision one")
 
 
 def _load(folder: Path, compute_dtype: torch.dtype, **settings: BitsAndBytesConfig) -> PreTrainedModel:
@@ -99,7 +87,7 @@ def export_bnb_nf4(hf_dir: str | Path, out_dir: str | Path, compute_dtype: torch
     another dtype, and a failed check.
     """
     source, target = Path(hf_dir), Path(out_dir).resolve()
-    _check_source(source)
+    check_full_precision(source)
     if compute_dtype not in (torch.bfloat16, torch.float32):
         raise UserError(f"compute dtype {compute_dtype}: NF4 export takes bfloat16 or float32", exit_code=2)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,22 @@ TOKENIZER_FILES = (
     "*.jinja",
 )  # fmt: skip
 SAMPLE = "def f(x):\n\treturn x ** 2  # naïve ☃ \U0001f600\n\n    if a<=b and 'c' != \"d\": 0x1F + 3.14e-10\n"
+
+
+def check_full_precision(source: Path) -> None:
+    """Refuse what is no folder of a full-precision model in safetensors.
+
+    Raises:
+        UserError: such a folder.
+    """
+    config_file = source / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"{source} has no config.json: give a folder with an exported Hugging Face model")
+    if not list(source.glob("*.safetensors")):
+        raise UserError(f"{source} has no .safetensors file: export the model with safetensors weights first")
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    if "quantization_config" in config:
+        raise UserError(f"{config_file} is of a model that is quantized already: give the full-precision one")
 
 
 @contextmanager

@@ -14,7 +14,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from configs.errors import UserError
 from quant.bits import FULL, Bits
-from quant.export_folder import SHARD_BYTES, appearing, check_tokenizer, copy_tokenizer, weight_bytes
+from quant.export_folder import (
+    SHARD_BYTES,
+    appearing,
+    check_full_precision,
+    check_tokenizer,
+    copy_tokenizer,
+    weight_bytes,
+)
 from quant.integers import Quantized
 from quant.methods import Options, method_of, prepare_weights
 from quant.perplexity import Rows
@@ -145,6 +152,7 @@ def export_int(
     """
     require_compressed_tensors()
     check_method(method)
+    check_full_precision(hf_dir)
     kind = DTYPES[dtype]
     whole = Bits(bits, FULL, FULL)
     prepared = prepare_weights(_load(hf_dir, torch.float32), method, whole, calibration, options, keep_codes=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,14 +48,29 @@ def _hf(source: Path, out: Path, _wish: Wish) -> Exported:
     return Exported(out, Written("hf", line), done.relative_error)
 
 
+@contextmanager
+def _stock_folder(source: Path) -> Iterator[Path]:
+    """A folder of a stock architecture: the source itself, or the merged form of one of this project's networks for a while."""
+    try:
+        own = json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type") == "mesokurt"
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{source / 'config.json'}: not readable as a model's configuration ({error})") from None
+    if not own:
+        yield source
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        merged = Path(scratch) / "hf"
+        export_hf(source, merged)
+        yield merged
+
+
 def _bnb_nf4(source: Path, out: Path, _wish: Wish) -> Exported:
     try:
         from quant.export_bnb import export_bnb_nf4
     except ImportError:
         raise UserError("bitsandbytes is not installed; install it or leave out the format bnb-nf4") from None
-    with tempfile.TemporaryDirectory() as merged:
-        export_hf(source, Path(merged) / "hf")
-        done = export_bnb_nf4(Path(merged) / "hf", out)
+    with _stock_folder(source) as folder:
+        done = export_bnb_nf4(folder, out)
     facts = {"linear layers packed": str(done.packed_layers), "weights": "NF4 with double quantization"}
     return Exported(out, Written("bnb-nf4", "NF4, reloads to identical logits", facts), 0.0, done.notes)
 
@@ -61,9 +78,8 @@ def _bnb_nf4(source: Path, out: Path, _wish: Wish) -> Exported:
 def _compressed_tensors(source: Path, out: Path, wish: Wish) -> Exported:
     require_compressed_tensors()
     check_method(wish.method)
-    with tempfile.TemporaryDirectory() as merged:
-        export_hf(source, Path(merged) / "hf")
-        done = export_int(Path(merged) / "hf", out, wish.method, wish.bits, wish.options, wish.calibration, wish.dtype)
+    with _stock_folder(source) as folder:
+        done = export_int(folder, out, wish.method, wish.bits, wish.options, wish.calibration, wish.dtype)
     group = "output channel" if wish.options.group is None else f"{wish.options.group} inputs"
     facts = {
         "weights": f"INT{wish.bits} symmetric, a scale per {group}, by {wish.method}",

@@ -100,7 +100,13 @@ def test_a_run_becomes_one_self_contained_page_with_its_own_numbers(run_dir: Pat
     assert "<script>alert('x')</script> & co" in page.text
 
     last, evaluation = rows[-1], json.loads((run_dir / "evaluation.json").read_text())
-    shown = [last["kurtosis/resid"], last["kurtosis_single_token/resid"], last["kurtosis/floor"], last["loss"]]
+    shown = [
+        last["kurtosis/resid"],
+        last["kurtosis_single_token/resid"],
+        last["kurtosis/floor"],
+        last["loss"],
+        last["eval/loss@4-4-4"],
+    ]
     shown += [evaluation["nats_per_token"], evaluation["bits_per_byte"], last["peak_to_rms/down_in"]]
     shown += [rung[key] for rung in evaluation["ladder"] for key in ("loss", "perplexity", "ratio", "bits_per_byte")]
     for value in shown:

@@ -17,6 +17,7 @@ from analysis.probes.kurtosis import Kurtosis
 from modeling.config import MesokurtConfig
 from modeling.decoder import MesokurtForCausalLM
 from quant.bits import Bits
+from quant.fake_quant import fake_quantized
 from quant.ladder import ladder
 
 VOCAB = 61
@@ -82,6 +83,8 @@ def train(
             with torch.no_grad():
                 held_out = float(model(tokens(4, 16), labels=tokens(4, 16)).loss)
             row |= {"eval/loss": held_out, "eval/bits_per_byte": held_out / math.log(2) / 3.0}
+            with fake_quantized(model, Bits(4, 4, 4)), torch.no_grad():
+                row["eval/loss@4-4-4"] = float(model(tokens(4, 16), labels=tokens(4, 16)).loss)
         rows.append(row)
     return rows
 

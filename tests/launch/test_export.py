@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from launch.cli import main
+from tests.quant.tiny import tiny_llama
 from tests.tiny_run import tiny_yaml
 
 
@@ -135,3 +137,17 @@ def test_gptq_without_a_run_needs_calibration_text(
     text = str(run.parent / "corpus" / "002.txt")
     assert main([*words, "--calibration", text, "--calibration-rows", "4", "--license", "mit"]) == 0
     assert card_of(tmp_path / "out")[0]["license"] == "mit"
+
+
+def test_a_stock_model_of_another_make_is_packed_and_what_is_packed_already_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny_llama(dtype=torch.float32).save_pretrained(tmp_path / "llama")
+    words = ["export", str(tmp_path / "llama"), "--format", "compressed-tensors", "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert "how it was trained is not known here" in card_of(tmp_path / "out")[1]
+    capfd.readouterr()
+    assert main(["export", str(tmp_path / "out"), *words[2:-1], str(tmp_path / "again")]) == 1
+    assert "is of a model that is quantized already" in capfd.readouterr().err
+    assert main(["export", str(tmp_path / "llama"), "--out", str(tmp_path / "again")]) == 1
+    assert "which is a stock model already" in capfd.readouterr().err
