@@ -64,7 +64,73 @@ def sparse_unified(criteria: Criteria) -> Figure:
     return figure
 
 
-DRAW: dict[str, Callable[[Criteria], Figure]] = {"dense_to_sparse": dense_to_sparse, "sparse_unified": sparse_unified}
+def sparsing_law(criteria: Criteria) -> Figure:
+    """Loss of the three rules at equal active share, ReLU and SiLU, all seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    relu = [c["measured"] for c in criteria if c["claim"].startswith("relu") and "lowest loss" in c["claim"]]
+    silu = [x for c in criteria if c["claim"].startswith("silu") for x in c["measured"]]
+    for axis, points, name in zip(axes, (relu, silu), ("ReLU", "SiLU"), strict=True):
+        for rule, marker in (("cett", "o"), ("fat", "s"), ("topk", "^")):
+            axis.scatter(
+                [100 * p["active"] for p in points], [p[rule] for p in points], marker=marker, s=18, label=rule
+            )
+        axis.set(title=f"{name}: loss when neurons are left out", xlabel="active neurons, %")
+        axis.legend(fontsize=7)
+    return figure
+
+
+def delta_activation(criteria: Criteria) -> Figure:
+    """Operations left by each way of training, by seed."""
+    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    runs = [c["measured"] for c in criteria if c["claim"].endswith("accuracy with Delta layers")]
+    for number, name in enumerate(("baseline", "spatial_l1", "delta")):
+        left = [100 * (1 - run[name]["operation_sparsity"]) for run in runs]
+        axis.bar([seed + 0.27 * (number - 1) for seed in range(len(runs))], left, 0.25, label=name)
+    axis.set_xticks(range(len(runs)), [f"seed {seed}" for seed in range(len(runs))])
+    axis.set(title="operations left, %")
+    axis.legend(fontsize=7)
+    return figure
+
+
+def fire_together(criteria: Criteria) -> Figure:
+    """Errors of the dense network, the predicted masks and a static mask of the same size, by seed."""
+    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    static = [c["measured"] for c in criteria if c["claim"].endswith("a static mask is worse")]
+    dense = [c["measured"]["nmse_dense"] for c in criteria if c["claim"].endswith("the dense network's")]
+    shown = {"dense": dense, "predicted": [m["nmse"] for m in static], "static": [m["nmse_static"] for m in static]}
+    for number, (name, values) in enumerate(shown.items()):
+        axis.bar([seed + 0.27 * (number - 1) for seed in range(len(values))], values, 0.25, label=name)
+    axis.set_xticks(range(len(dense)), [f"seed {seed}" for seed in range(len(dense))])
+    axis.set(title="normalised squared error, r = 0.95")
+    axis.legend(fontsize=7)
+    return figure
+
+
+def crrelu(criteria: Criteria) -> Figure:
+    """Mean accuracy of deep narrow networks on digits."""
+    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    shapes = [c for c in criteria if c["claim"].endswith("CRReLU ahead of ReLU")]
+    for number, name in enumerate(("relu", "crrelu", "gelu")):
+        axis.bar(
+            [i + 0.27 * (number - 1) for i in range(len(shapes))],
+            [c["measured"][name] for c in shapes],
+            0.25,
+            label=name,
+        )
+    axis.set_xticks(range(len(shapes)), [c["claim"].partition(":")[0] for c in shapes])
+    axis.set(title="test accuracy on digits, mean of 6 seeds")
+    axis.legend(fontsize=7)
+    return figure
+
+
+DRAW: dict[str, Callable[[Criteria], Figure]] = {
+    "crrelu": crrelu,
+    "delta_activation": delta_activation,
+    "dense_to_sparse": dense_to_sparse,
+    "fire_together": fire_together,
+    "sparse_unified": sparse_unified,
+    "sparsing_law": sparsing_law,
+}
 
 
 def main() -> None:
