@@ -1,8 +1,9 @@
 """Kill a random rank at a random moment, many times, and look for what was lost: `python benchmarks/soak.py --trials 100 --out FILE`.
 
 Every trial is one SIGKILL into a real run of two ranks on this machine, in half of them while a checkpoint is being
-written. The script plays the launcher: it waits for the other rank to end by itself, starts the run again, and after
-some kills lets it finish. Plain data parallel and ZeRO-1 alternate.
+written. The script plays the launcher: it sends SIGTERM to the other rank, as torchrun and deepspeed do, waits for it
+to end (a rank that needs SIGKILL counts as hung), starts the run again, and after some kills lets it finish. Plain
+data parallel and ZeRO-1 alternate.
 """
 
 from __future__ import annotations
@@ -95,14 +96,9 @@ class Soak:
         )
         self.random, self.tally = random.Random(seed), Tally()
         self.seconds: dict[int, float] = {}
+        self._undisturbed("first", STAGES[0])  # imports and the token store
         for stage in STAGES:
-            begin = time.monotonic()
-            ranks = self._start(f"whole-{stage}", stage)
-            for rank in ranks:
-                rank.join(10 * BOUND_S)
-            codes = [rank.exitcode for rank in ranks]
-            assert codes == [0, 0], f"the undisturbed run failed: {(folder / f'whole-{stage}.log').read_text()}"
-            self.seconds[stage] = time.monotonic() - begin
+            self.seconds[stage] = self._undisturbed(f"whole-{stage}", stage)
 
     def _start(self, name: str, stage: int) -> list[ForkServerProcess]:
         path = self.folder / f"{name}.yaml"
@@ -114,6 +110,16 @@ class Soak:
             )
         )
         return start_ranks(2, ["--config", str(path)], self.folder / f"{name}.log")
+
+    def _undisturbed(self, name: str, stage: int) -> float:
+        """Run to the end; returns how long it took (seconds)."""
+        begin = time.monotonic()
+        ranks = self._start(name, stage)
+        for rank in ranks:
+            rank.join(10 * BOUND_S)
+        codes = [rank.exitcode for rank in ranks]
+        assert codes == [0, 0], f"the undisturbed run failed: {(self.folder / f'{name}.log').read_text()}"
+        return time.monotonic() - begin
 
     def run(self, trials: int) -> Tally:
         """Kill until there were so many trials, and finish the last run."""
@@ -162,6 +168,9 @@ class Soak:
             return 0
         os.kill(pid, signal.SIGKILL)
         begin = time.monotonic()
+        ranks[
+            1 - victim
+        ].terminate()  # as torchrun and deepspeed do when a rank has died; they send KILL after 30 s more
         ranks[1 - victim].join(BOUND_S)
         tally, code = self.tally, ranks[1 - victim].exitcode
         tally.trials += 1

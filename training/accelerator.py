@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch.distributed import distributed_c10d
@@ -97,8 +98,13 @@ def partition(config: RunConfig, ranks: RankEnvironment) -> dict[str, Any] | Non
     return deepspeed_settings(config, 3, accumulation(config, ranks.world_size))
 
 
-def start(config: RunConfig, ranks: RankEnvironment) -> Accelerator:
+def start(config: RunConfig, ranks: RankEnvironment, store: dist.Store | None = None) -> Accelerator:
     """Open the process group and the accelerator; with ZeRO, DeepSpeed underneath.
+
+    Args:
+        config: of the run.
+        ranks: the place of this process.
+        store: where the ranks have met; None: torch lets them meet.
 
     Raises:
         UserError: ZeRO was asked for and DeepSpeed is not installed.
@@ -109,6 +115,9 @@ def start(config: RunConfig, ranks: RankEnvironment) -> Accelerator:
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     on_cpu = not torch.cuda.is_available()
     backend = "gloo" if on_cpu else "nccl"  # by itself, accelerate sees none on a CPU host and calls every rank 0
+    if store is not None and not dist.is_initialized():
+        shared = dist.PrefixStore("group", store)
+        dist.init_process_group(backend, timeout=timeout, world_size=ranks.world_size, rank=ranks.rank, store=shared)
     handlers: list[Any] = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if ranks.world_size > 1 else []
     if stage == 0:
         replicas = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import signal
 import threading
 import time
@@ -20,8 +19,8 @@ from pathlib import Path
 
 import psutil
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
+from training.rendezvous import RankEnvironment
 from training.signals import RESTART_EXIT_CODE
 
 VERDICT = "verdict"
@@ -80,29 +79,31 @@ class Process:
 
 
 class Heartbeat:
-    """A thread that says "here" for this rank and hears what was decided; making one is a collective.
+    """A thread that says "here" for this rank and hears what was decided, from the moment that the ranks have met.
 
     Rank 0 looks at all beats and decides who is silent; every other rank only has to hear from rank 0's store.
 
     Args:
+        store: what the ranks share (`training.meeting`); beats get a connection of their own.
+        ranks: the place of this process.
         seconds: a rank is silent when its beats have stopped for so long.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+    def __init__(self, store: dist.Store, ranks: RankEnvironment, seconds: float) -> None:
+        self.rank, self.world_size = ranks.rank, ranks.world_size
         self.seconds, self.interval = seconds, min(3.0, seconds / 10)
-        members: list[tuple[Process, str]] = [(Process.this(), "")] * self.world_size
-        dist.all_gather_object(members, (Process.this(), secrets.token_hex(8)))
-        self.processes = [process for process, _ in members]
-        # Under a name of this start's own: a store that outlives the ranks may hold an earlier start's verdict.
-        self.store = dist.PrefixStore(f"heartbeat/{members[0][1]}", distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
+        self.store = dist.PrefixStore("heartbeat", store.clone())  # type: ignore[attr-defined]
         self._keys = [f"beat/{rank}" for rank in range(self.world_size)]
+        self.store.set(f"process/{self.rank}", json.dumps(asdict(Process.this())))
         self.store.add(self._keys[self.rank], 1)
-        dist.barrier()
+        self._beating: set[int] = set()
         self.verdict: Verdict | None = None
         self.heard = time.monotonic()
         self._changed = [self.heard] * self.world_size
         self._counts = [b""] * self.world_size
+        self._processes: dict[int, Process] = {}
+        first = self.rank - ranks.local_rank
+        self._unknown = set(range(first, first + ranks.local_world_size)) - {self.rank}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
@@ -119,14 +120,26 @@ class Heartbeat:
     def _exchange(self) -> None:
         self.store.add(self._keys[self.rank], 1)
         self.heard = time.monotonic()
+        self._learn_processes()
         if self.store.check([VERDICT]):
             self.verdict = _read(self.store.get(VERDICT))
         elif self.rank == 0:
             self._look_at_all()
 
+    def _learn_processes(self) -> None:
+        """Those of this host, while the store still answers: by the time that one is needed it may not."""
+        for rank in sorted(self._unknown):
+            if not self.store.check([f"process/{rank}"]):
+                return
+            self._processes[rank] = Process(**json.loads(self.store.get(f"process/{rank}")))
+            self._unknown.discard(rank)
+
     def _look_at_all(self) -> None:
         now = time.monotonic()
-        for rank, count in enumerate(self.store.multi_get(self._keys)):
+        missing = set(range(self.world_size)) - self._beating
+        self._beating |= {rank for rank in missing if self.store.check([self._keys[rank]])}
+        known = sorted(self._beating)
+        for rank, count in zip(known, self.store.multi_get([self._keys[rank] for rank in known]), strict=True):
             if count != self._counts[rank]:
                 self._counts[rank], self._changed[rank] = count, now
         silent = [rank for rank, changed in enumerate(self._changed) if now - changed > self.seconds]
@@ -155,6 +168,12 @@ class Heartbeat:
         if self.verdict is None:
             bounded(lambda: self._tell(verdict), timeout_s)
         return self.verdict or verdict
+
+    def kill(self, rank: int, seconds_to_dump: float) -> None:
+        """End a silent rank, if it is on this host."""
+        process = self._processes.get(rank)
+        if process is not None:
+            process.kill(seconds_to_dump)
 
     def wait_until_heard(self) -> None:
         """Rank 0's process holds the store: let the other ranks hear the verdict before it exits."""

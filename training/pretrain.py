@@ -38,6 +38,7 @@ from training.expert_parallel import check_world
 from training.finish import finish
 from training.hooks import OBJECTIVE, SAMPLER
 from training.loop import Trainer
+from training.meeting import meet
 from training.metrics import MetricsLog
 from training.optim.routing import receipt, whole_shape
 from training.progress import ProgressBar
@@ -69,8 +70,31 @@ def pretrain(config: RunConfig, stop: StopSignal | None = None) -> Path:
     store = prepare(config, progress=main)
     set_seed(config.run.seed)
 
-    accelerator = start(config, ranks)
-    model = build_model(config, store.eod_id, partition(config, ranks))
+    stop = stop or StopSignal()
+    with Watchdog(run_dir.path, ranks, config.parallel) as watchdog:
+        engine, progress = build_engine(config, ranks, store.eod_id, run_dir, watchdog, stop)
+        if progress.step < config.train.steps:
+            progress = train(config, engine, store, run_dir, progress, stop, watchdog)
+    engine.close()
+    if main and progress.step == config.train.steps:
+        finish(config, store)
+    return run_dir.path
+
+
+def build_engine(
+    config: RunConfig, ranks: RankEnvironment, eod_id: int, run_dir: RunDirectory, watchdog: Watchdog, stop: StopSignal
+) -> tuple[Engine, Progress]:
+    """Bring the ranks together and build the network, filled from the newest valid checkpoint if there is one.
+
+    Raises:
+        UserError: the checkpoint does not fit the config, or the ranks see different ones.
+    """
+    main = ranks.rank == 0
+    meeting = meet(ranks, config.parallel.timeout_seconds, stop) if ranks.world_size > 1 else None
+    if meeting is not None:
+        watchdog.connect(meeting)
+    accelerator = start(config, ranks, meeting)
+    model = build_model(config, eod_id, partition(config, ranks))
     checkpoint = newest_valid(run_dir.path)
     if checkpoint is not None:
         check_architecture(checkpoint, model.config)
@@ -78,26 +102,18 @@ def pretrain(config: RunConfig, stop: StopSignal | None = None) -> Path:
     if main:
         (run_dir.path / "receipt.txt").write_text(receipt(routes) + "\n")
         describe(config, model, ranks, receipt(routes))
-
-    with Watchdog(run_dir.path, ranks, config.parallel) as watchdog:
-        engine = Engine(config, accelerator, model, optimizer)
-        watchdog.connect()
-        if not engine.same(read_record(checkpoint).progress.step if checkpoint else 0):
-            raise UserError(
-                f"run.dir {run_dir.path}: ranks found different checkpoints in it; it must be one folder that every host sees"
-            )
-        progress = Progress(0, 0)
-        if checkpoint is not None:
-            load_weights(checkpoint, engine)
-            progress = load_training_state(checkpoint, engine)
-        if progress.step and main:
-            print(f"resuming from {checkpoint} after step {progress.step}")
-        if progress.step < config.train.steps:
-            progress = train(config, engine, store, run_dir, progress, stop or StopSignal(), watchdog)
-    engine.close()
-    if main and progress.step == config.train.steps:
-        finish(config, store)
-    return run_dir.path
+    engine = Engine(config, accelerator, model, optimizer)
+    if not engine.same(read_record(checkpoint).progress.step if checkpoint else 0):
+        raise UserError(
+            f"run.dir {run_dir.path}: ranks found different checkpoints in it; it must be one folder that every host sees"
+        )
+    progress = Progress(0, 0)
+    if checkpoint is not None:
+        load_weights(checkpoint, engine)
+        progress = load_training_state(checkpoint, engine)
+    if progress.step and main:
+        print(f"resuming from {checkpoint} after step {progress.step}")
+    return engine, progress
 
 
 def train(

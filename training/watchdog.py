@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from configs.errors import UserError
 from configs.schema import ParallelSection
-from training.heartbeat import Heartbeat, Verdict, bounded
+from training.heartbeat import Heartbeat, Verdict
 from training.rendezvous import RankEnvironment
 from training.signals import RESTART_EXIT_CODE
 
@@ -63,10 +63,9 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def connect(self) -> None:
-        """Start to watch the other ranks; a collective, once the process group is open."""
-        if self.ranks.world_size > 1:
-            self.heartbeat = Heartbeat(float(self.settings.heartbeat_seconds))
+    def connect(self, store: dist.Store) -> None:
+        """Start to watch the other ranks, through a store that all share."""
+        self.heartbeat = Heartbeat(store, self.ranks, float(self.settings.heartbeat_seconds))
         self.progress()
 
     def progress(self) -> None:
@@ -123,10 +122,11 @@ class Watchdog:
         last = time.monotonic()
         while not self._ended.wait(TICK_S):
             now = time.monotonic()
-            if now - last > 10 * TICK_S:  # this process was stopped for a while: that is no one's hang
-                self._moved += now - last
+            late = now - last - TICK_S
+            if late > TICK_S:  # this process was stopped or starved for a while: that is no one's silence
+                self._moved += late
                 if self.heartbeat is not None:
-                    self.heartbeat.forgive(now - last)
+                    self.heartbeat.forgive(late)
             last = now
             if (
                 self._several
@@ -154,8 +154,7 @@ class Watchdog:
         print(f"error: {verdict.text}; rank {self.ranks.rank} ends{where}", file=sys.stderr, flush=True)
         if self.heartbeat is not None:
             for rank in verdict.silent:
-                process = self.heartbeat.processes[rank]
-                bounded(lambda process=process: process.kill(SECONDS_TO_DUMP), SECONDS_TO_DUMP + 1)  # type: ignore[misc]
+                self.heartbeat.kill(rank, SECONDS_TO_DUMP)
             self.heartbeat.wait_until_heard()
         os._exit(verdict.exit_code)
 

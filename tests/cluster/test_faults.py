@@ -25,7 +25,7 @@ COMMANDS = Path(sys.executable).parent
 STEPS = 40
 SHORT = ["eval.bits=[]", "export.formats=[]", "checkpoint.every=2", f"train.steps={STEPS}"]
 SLOW = "train.objective=tests.training.misbehaving:Slow"
-HEARTBEAT_S = 4
+HEARTBEAT_S = 8
 
 
 def _steps(run: Path) -> int:

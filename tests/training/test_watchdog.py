@@ -12,9 +12,10 @@ import pytest
 import torch.distributed as dist
 
 from benchmarks.warm_ranks import start_ranks
+from tests.launch.project import wait_until
 from tests.tiny_run import tiny_yaml
 from training.metrics import read_metrics
-from training.signals import RESTART_EXIT_CODE
+from training.signals import REQUEUE_EXIT_CODE, RESTART_EXIT_CODE
 from training.watchdog import is_peer_loss
 
 pytestmark = pytest.mark.distributed
@@ -77,7 +78,7 @@ def test_a_killed_rank_ends_the_others_at_once(stage: int, victim: int, folder: 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_rank_is_found_by_its_missing_beats_and_ended(victim: int, folder: Path) -> None:
     """Nothing closes and the collective may wait for ten minutes; also the stopped rank tells where it was."""
-    run = Run(folder, f"stopped-{victim}", "parallel.heartbeat_seconds=2")
+    run = Run(folder, f"stopped-{victim}", "parallel.heartbeat_seconds=5")
     run.wait_for_steps(2)
     _signal(run.ranks[victim], signal.SIGSTOP)
     codes = run.exit_codes()
@@ -94,6 +95,17 @@ def test_ranks_that_stand_still_write_their_stacks_and_end(folder: Path) -> None
     assert "go_wrong" not in waiting
     assert "loop.py" in waiting
     assert "parallel.hang_seconds" in run.log.read_text()
+
+
+def test_a_rank_that_waits_for_one_which_never_came_ends_when_the_launcher_asks(folder: Path) -> None:
+    """Nothing is saved yet, and nothing in C++ keeps it from hearing the signal; 75: start again."""
+    run = Run(folder, "alone")
+    _signal(run.ranks[1], signal.SIGKILL)  # long before it has built anything to meet with
+    stacks = run.dir / "stacks"
+    wait_until(lambda: (stacks / "rank-0.txt").exists(), BOUND_S, "rank 0 waits")
+    _signal(run.ranks[0], signal.SIGTERM)
+    assert run.exit_codes()[0] == REQUEUE_EXIT_CODE, run.log.read_text()
+    assert "only 1 of 2 ranks came" in run.log.read_text()
 
 
 def test_a_mistake_on_one_rank_is_the_exit_code_of_all(folder: Path) -> None:
