@@ -78,6 +78,8 @@ class Delta(nn.Module):
         inner: the activation before the grid.
     """
 
+    mixes_tokens = True  # its neighbours must be on this rank
+
     paper = "arXiv 2107.07305"
     sees_mask = True
 
