@@ -20,7 +20,7 @@ from analysis.probes.activation_sparsity import ActivationSparsity
 from configs.errors import ConfigError
 from tests.ranks import run_ranks
 from tests.tiny_run import tiny_config
-from tests.training.engines import Case, dispose, small_engine, train_step
+from tests.training.engines import Case, dispose, small_engine, tensors_of, train_step
 from tests.training.runs import final_tensors, rows, same_tensors, train_in
 from training.step_hooks import StepHooks
 
@@ -37,7 +37,8 @@ HOOKS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     ),
     "predicted_mask": (
         ("model.activation=relu", "model.ffn=predicted_mask"),
-        {"activation": "relu", "ffn": "predicted_mask"},
+        # of 20 planned steps: masks from the second on, predictors held in the third
+        {"activation": "relu", "ffn": {"name": "predicted_mask", "options": {"apply_from": 0.05, "freeze_at": 0.1}}},
     ),
     "moe": (("model.ffn={name: moe, experts: 4, active: 2}",), {"ffn": {"name": "moe", "options": MOE}}),
     "conversion": (
@@ -112,7 +113,14 @@ def losses_on_ranks(stage: int, only: tuple[str, ...]) -> dict[str, Any]:
         case = Case(stage)
         engine = small_engine(case, **HOOKS[hook][1])
         hooks = StepHooks(engine)
-        found[hook] = [train_step(engine, case, step, hooks=hooks)[0] for step in range(3)]
+        found[hook] = [train_step(engine, case, step, hooks=hooks)[0] for step in range(2)]
+        before = tensors_of(engine) if hook == "predicted_mask" else {}
+        found[hook].append(train_step(engine, case, 2, hooks=hooks)[0])
+        if hook == "predicted_mask":
+            after = tensors_of(engine)
+            found["moved"] = [
+                name for name in after if name.startswith("model/") and not torch.equal(after[name], before[name])
+            ]
         if hook == "activation_sparsity":
             tokens = torch.arange(64).view(4, 16)
             share: list[Tensor] = [tokens[engine.rank :: engine.world_size]]
@@ -142,6 +150,10 @@ class Ranks:
     def check(self, hook: str, stage: int) -> None:
         found, wanted = self.double[stage], self.single
         assert found[hook] == pytest.approx(wanted[hook], abs=1e-5)
+        if hook == "predicted_mask":
+            moved = " ".join(found["moved"])
+            assert "up_proj" in moved
+            assert "predictor" not in moved
         if hook == "activation_sparsity":
             for name, value in wanted["probe"].items():
                 assert found["probe"][name] == pytest.approx(value, rel=2e-2, abs=1e-3), name  # float32 near thresholds

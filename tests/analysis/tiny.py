@@ -76,9 +76,7 @@ def train(
         row |= {"tokens_per_second": 1000.0}
         for probe, every in probes:
             if step % every == 0 or step == steps:
-                probe.observe(model, tokens(4, 16))
-                row |= probe.compute()
-                probe.reset()
+                row |= probe.measure(model, [tokens(4, 16)])
         if step % 10 == 0 or step == steps:
             with torch.no_grad():
                 held_out = float(model(tokens(4, 16), labels=tokens(4, 16)).loss)

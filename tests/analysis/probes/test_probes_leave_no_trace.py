@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from analysis.hooks import PROBE, PROBES
+from analysis.probes.activation_sparsity import ActivationSparsity
 from analysis.probes.base import Probe
 from analysis.probes.histogram import ActivationHistogram
 from analysis.probes.kurtosis import Kurtosis
@@ -19,7 +20,12 @@ from tests.ranks import run_ranks
 
 
 def every_probe() -> list[Probe]:
-    return [Kurtosis(), Kurtosis(mode="single_token", relu=False), ActivationHistogram()]
+    return [
+        Kurtosis(),
+        Kurtosis(mode="single_token", relu=False),
+        ActivationHistogram(),
+        ActivationSparsity(compare=True),
+    ]
 
 
 def hooks_of(model: nn.Module) -> int:
