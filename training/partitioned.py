@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 
 from modeling.config import MesokurtConfig
@@ -19,6 +18,7 @@ def partitioned_model(config: MesokurtConfig, settings: dict[str, Any]) -> Mesok
     Weights depend on (seed, parameter name) alone, so every rank can make every parameter by itself. At most one of them is whole in
     memory at a time. `settings` are DeepSpeed's. A collective.
     """
+    from accelerate import init_empty_weights
     from deepspeed.runtime.zero import Init
 
     with init_empty_weights(include_buffers=False):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -142,7 +143,8 @@ class Hosts:
         for agent in self.agents:
             if agent.poll() is None:
                 for process in psutil.Process(agent.pid).children(recursive=True):
-                    process.kill()
+                    with suppress(psutil.NoSuchProcess):  # gone since it was listed
+                        process.kill()
             agent.wait()
 
 
