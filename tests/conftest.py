@@ -25,6 +25,16 @@ torch.set_num_threads(1)
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a module's fixture run on one worker, so that it is made once."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        used = item._fixtureinfo.name2fixturedefs.values()
+        shares = any(definition.scope == "module" for definitions in used for definition in definitions)
+        if shares and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
     random.seed(0)
