@@ -15,7 +15,7 @@ from .config import MesokurtConfig
 from .dispatch import Plan
 from .expert_exchange import through_owners
 from .experts_fused import fused_experts
-from .hooks import KINDS, build
+from .hooks import KINDS, HookError, build
 from .initializers import truncated_normal_
 
 
@@ -49,24 +49,40 @@ def weighted_sum(outputs: Tensor, plan: Plan, weights: Tensor, tokens: int) -> T
     return zeros.index_add(0, plan.rows, weighted).to(outputs.dtype)
 
 
+UNORDERED = "looks at neighbouring tokens, which are not together in an expert; use ffn mlp or swiglu"
+
+
+def mixes_tokens(activation: nn.Module | type) -> bool:
+    """Whether an activation, or its class, says that a token's value depends on other tokens."""
+    return bool(getattr(activation, "mixes_tokens", False) or getattr(activation, "sees_mask", False))
+
+
 class Experts(nn.Module):
     """E feed-forward networks as stacks `[E, out, in]`: `W_down(act(W_gate x) * W_up x)`, or `W_down act(W_up x)` when not gated.
 
     Each expert's matrix is one matrix for Muon and starts LeCun-normal. `group` is set by the trainer where the experts are spread over
-    several ranks; the stacks then hold this rank's part.
+    several ranks; the stacks then hold this rank's part. `slices_per_token`: of each stack, how many matrices a token is multiplied by.
+
+    Raises:
+        HookError: an activation that looks at more than one token; tokens come in no order here.
     """
 
     group: Any = None
     observer: Callable[[Experts, Tensor, Plan], None] | None = None
 
-    def __init__(self, config: MesokurtConfig, count: int, width: int, gated: bool) -> None:
+    def __init__(
+        self, config: MesokurtConfig, count: int, width: int, gated: bool, slices_per_token: float | None = None
+    ) -> None:
         super().__init__()
+        self.slices_per_token = float(count) if slices_per_token is None else slices_per_token
         inner = (count, width, config.hidden_size)
         self.gate_proj = nn.Parameter(torch.empty(inner)) if gated else None
         self.up_proj = nn.Parameter(torch.empty(inner))
         self.down_proj = nn.Parameter(torch.empty(count, config.hidden_size, width))
         self.optimizer_roles = dict.fromkeys(dict(self.named_parameters()), "matrix")
         self.act_fn = build(KINDS["activation"], config.activation)
+        if mixes_tokens(self.act_fn):
+            raise HookError(f"activation {config.activation['name']!r} {UNORDERED}")
 
     def initial_fill_(self, leaf: str, parameter: Tensor, generator: torch.Generator) -> None:
         """LeCun-normal per expert (truncated, variance 1 / fan-in)."""

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from .config import MesokurtConfig
 from .dispatch import plan
-from .experts import Experts
+from .experts import UNORDERED, Experts, mixes_tokens
 from .ffn_gated import GatedFFN
 from .ffn_mlp import MLP
-from .hooks import INNER_KINDS, HookError, build, inner_spec
+from .hooks import INNER_KINDS, KINDS, HookError, build, check, inner_spec
 from .routers import Routing
 
 
@@ -69,7 +69,7 @@ class MoE(nn.Module):
         self.capacity_factor, self.active, self.count = capacity_factor, active, experts
         spec, kind = inner_spec(router), INNER_KINDS["router"]
         self.router = build(kind, spec, width=config.hidden_size, experts=experts, active=active)
-        self.experts = Experts(config, experts, width, gated)
+        self.experts = Experts(config, experts, width, gated, active * min(1.0, capacity_factor or 1.0))
         self.shared_width = shared_experts * width
         self.shared_experts: nn.Module | None = None
         if shared_experts:
@@ -109,6 +109,14 @@ class MoE(nn.Module):
                 build(INNER_KINDS["router"], spec, width=1, experts=experts, active=active)
         except HookError as error:
             raise HookError(f"router {spec['name']!r}: {error}") from None
+
+    @classmethod
+    def check_run(cls, config: Any) -> str | None:
+        """Why a run's config does not go with this layer."""
+        activation = config.model.activation
+        if mixes_tokens(check(KINDS["activation"], activation.name, activation.options)):
+            return f"cannot have activation {activation.name!r}, which {UNORDERED}"
+        return None
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Apply to each position."""

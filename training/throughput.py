@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
 from torch import nn
 
 from modeling.config import MesokurtConfig
+from training.optim.routing import whole_shape
 
 
 def flops_per_token(model: nn.Module, config: MesokurtConfig) -> float:
-    """Forward and backward FLOPs of one token: 6 x matrix parameters (head included, tables not) + 12 L D T for attention.
+    """Forward and backward FLOPs of one token: 6 x parameters of the matrices that it passes through + 12 L D T for attention.
 
-    The attention term counts the full T x T square, as PaLM (Chowdhery et al. 2022, appendix B) does.
+    The head counts, also where it is the token table; tables do not. Of a stack of experts `[E, ...]` a token passes through
+    `slices_per_token`, which the module that owns it says; the dense phase of a dense-to-sparse router computes more. The attention
+    term counts the full T x T square, as PaLM (Chowdhery et al. 2022, appendix B) does.
     """
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    sizes = (
-        getattr(p, "ds_numel", p.numel())
-        for p in model.parameters()
-        if id(p) not in tables and len(getattr(p, "ds_shape", p.shape)) >= 2
-    )
-    matrices = sum(int(size) for size in sizes)
-    return 6.0 * matrices + 12.0 * config.num_hidden_layers * config.hidden_size * config.max_position_embeddings
+    matrices: dict[int, float] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        slices = getattr(module, "slices_per_token", None)
+        for parameter in module.parameters(recurse=False):
+            shape = whole_shape(parameter)
+            if len(shape) >= 2:
+                of_stack = math.prod(shape[1:]) * slices if slices is not None else math.prod(shape)
+                matrices[id(parameter)] = of_stack
+    attention = 12.0 * config.num_hidden_layers * config.hidden_size * config.max_position_embeddings
+    return 6.0 * sum(matrices.values()) + attention
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:

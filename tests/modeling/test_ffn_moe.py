@@ -226,3 +226,10 @@ def test_values_that_cannot_work_are_refused_in_one_line(options: dict[str, Any]
         check(KINDS["ffn"], "moe", options)
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_activations_that_look_at_other_tokens_are_refused() -> None:
+    """Also where a network is built without a run's config; experts see tokens out of order."""
+    delta = {"name": "delta", "options": {"granularity": "layer"}}
+    with pytest.raises(HookError, match="activation 'delta' looks at neighbouring tokens"):
+        MoE(small_config(activation=delta), 0)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from analysis.probes.base import Found
 from analysis.probes.router import RouterTelemetry
@@ -37,7 +38,17 @@ STEPS = 20
 # Rows of 4 experts travel to 2 or 4 ranks; micro-batches of 2 are accumulated on one and two ranks, and a clip of 0.5 bites.
 ON_TWO = [Case(0, expert=2), Case(1, expert=2, clip=0.5), Case(3, clip=0.5)]
 ON_FOUR = [Case(0, expert=4), Case(2, expert=2, clip=0.5)]
-SAVED, RESUMED = Case(0, expert=2), Case(2, expert=2)
+SAVED, RESUMED = ON_TWO[0], Case(2, expert=2)
+SEEN = (ON_TWO[0], ON_TWO[2])
+
+
+class Smoothed(nn.Module):
+    """An activation of somebody else's that remembers the token before."""
+
+    mixes_tokens = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu() + 0.1 * x.roll(1, dims=-2)
 
 
 def moe_model(seed: int = 0) -> MesokurtForCausalLM:
@@ -58,79 +69,79 @@ def run(engine: Engine, case: Case, first: int, last: int) -> Trained:
     return result
 
 
-def train(case: Case, steps: int = STEPS) -> Trained:
+def train(case: Case) -> Trained:
     engine = small_engine(case, model=moe_model())
-    result = run(engine, case, 0, steps)
+    result = run(engine, case, 0, STEPS)
     dispose(engine)
     return result
 
 
-def resumed(folder: Path, case: Case, first: int, last: int) -> Trained:
-    """From a checkpoint, in a network of another seed."""
+def opened(folder: Path, case: Case) -> Engine:
+    """An engine filled from a checkpoint, its network begun from another seed."""
     engine = small_engine(case, model=moe_model(7))
     load_weights(folder, engine)
     load_training_state(folder, engine)
-    result = run(engine, case, first, last)
-    dispose(engine)
-    return result
+    return engine
 
 
-def skipped(case: Case) -> bool:
+def skipped(engine: Engine, case: Case) -> bool:
     """Whether a gradient that is infinite in one expert of the last rank stops the update of everything everywhere."""
-    engine = small_engine(case, model=moe_model())
-    train_step(engine, case, 0)
     before = tensors_of(engine)
     handle = None
     if engine.rank == engine.world_size - 1:
         stack = engine.module.model.layers[0].mlp.experts
         handle = stack.up_proj.register_hook(lambda gradient: gradient * math.inf)
-    _, norm = train_step(engine, case, 1)
+    _, norm = train_step(engine, case, STEPS)
     if handle is not None:
         handle.remove()
     after = tensors_of(engine)
-    _, good = train_step(engine, case, 2)
-    dispose(engine)
+    _, good = train_step(engine, case, STEPS + 1)
     same = all(torch.equal(before[key], after[key]) for key in before)
     return same and not math.isfinite(norm) and math.isfinite(good)
 
 
-def telemetry(engine: Engine) -> Found:
-    """Of the router probe over the whole first batch, this rank's share observed here."""
+def seen(engine: Engine) -> Found:
+    """What the router probe finds in the whole first batch, this rank's share observed here."""
     share = GLOBAL_BATCH // engine.world_size
     probe = RouterTelemetry()
     probe.observe(engine.module, global_batch(0)[engine.rank * share : (engine.rank + 1) * share])
     return probe.compute()
 
 
-def seen(case: Case) -> Found:
-    engine = small_engine(case, model=moe_model())
-    found = telemetry(engine)
-    dispose(engine)
-    return found
-
-
 @dataclass
 class Ranks:
     """What a world of ranks found: every case, and with two ranks the rest."""
 
-    trained: dict[Case, Trained]
+    trained: dict[Case, Trained] = field(default_factory=dict)
     resumed: Trained | None = None
     skipped: dict[Case, bool] = field(default_factory=dict)
     seen: dict[Case, Found] = field(default_factory=dict)
 
 
-def on_ranks(cases: list[Case], root: Path) -> Ranks:
-    """All cases; with two ranks also ten steps saved, ten resumed at another stage, skipped steps and the router probe."""
-    trained = {case: train(case) for case in cases}
-    if cases != ON_TWO:
-        return Ranks(trained)
-    engine = small_engine(SAVED, model=moe_model())
-    run(engine, SAVED, 0, 10)
-    save_checkpoint(engine, root / "checkpoints", Progress(10, 0), root / "tokenizer", keep=1)
+def on_two(root: Path) -> Ranks:
+    """Each case observed before its 20 steps; one is saved on the way, goes on at another stage, and both of these meet a bad gradient."""
+    found = Ranks()
+    for case in ON_TWO:
+        engine = small_engine(case, model=moe_model())
+        if case in SEEN:
+            found.seen[case] = seen(engine)
+        half = run(engine, case, 0, 10)
+        if case == SAVED:
+            save_checkpoint(engine, root / "checkpoints", Progress(10, 0), root / "tokenizer", keep=1)
+        rest = run(engine, case, 10, STEPS)
+        found.trained[case] = Trained(half.losses + rest.losses, half.norms + rest.norms, rest.tensors)
+        if case == SAVED:
+            found.skipped[case] = skipped(engine, case)
+        dispose(engine)
+    engine = opened(root / "checkpoints" / "step-00000010", RESUMED)
+    found.resumed = run(engine, RESUMED, 10, STEPS)
+    found.skipped[RESUMED] = skipped(engine, RESUMED)
     dispose(engine)
-    again = resumed(root / "checkpoints" / "step-00000010", RESUMED, 10, STEPS)
-    bad = {case: skipped(case) for case in (SAVED, RESUMED)}
-    return Ranks(trained, again, bad, {case: seen(case) for case in (SAVED, Case(3))})
+    return found
+
+
+def on_four() -> Ranks:
+    return Ranks({case: train(case) for case in ON_FOUR})
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +163,8 @@ def alone() -> dict[float | None, Trained]:
 def together(root: Path) -> dict[int, Ranks]:
     """What rank 0 of two and of four ranks found."""
     return {
-        2: run_ranks(2, on_ranks, ON_TWO, root, timeout_s=200.0)[0],
-        4: run_ranks(4, on_ranks, ON_FOUR, root, timeout_s=200.0)[0],
+        2: run_ranks(2, on_two, root, timeout_s=200.0)[0],
+        4: run_ranks(4, on_four, timeout_s=200.0)[0],
     }
 
 
@@ -192,7 +203,9 @@ def test_a_checkpoint_of_spread_experts_is_whole_and_goes_on_anywhere(
     """Ten steps on two ranks, then ten under ZeRO-2 there, or ten in one process."""
     again = together[2].resumed
     assert again is not None
-    here = resumed(root / "checkpoints" / "step-00000010", Case(), 10, STEPS)
+    engine = opened(root / "checkpoints" / "step-00000010", Case())
+    here = run(engine, Case(), 10, STEPS)
+    dispose(engine)
     for found in (again, here):
         losses, tensors = distance(found, alone[None], 10)
         assert losses < 1e-5
@@ -211,7 +224,10 @@ def test_one_bad_expert_skips_the_step_on_all_ranks(
 @pytest.mark.slow
 def test_the_router_probe_sees_the_same_on_ranks(together: dict[int, Ranks]) -> None:
     """Spread experts, and ZeRO-3's; sums in float64 of what float32 forwards gave."""
-    wanted = seen(Case())
+    engine = small_engine(Case(), model=moe_model())
+    wanted = seen(engine)
+    dispose(engine)
+    assert set(together[2].seen) == set(SEEN)
     for case, found in together[2].seen.items():
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
@@ -229,12 +245,15 @@ def test_the_layer_learns_alone(alone: dict[float | None, Trained]) -> None:
         (["parallel.expert=3", "model.ffn={name: moe, experts: 4}"], "3 does not divide model.ffn.experts 4"),
         (["parallel.expert=2", "model.ffn=moe", "parallel.zero_stage=3"], "expert 2 does not work with zero_stage 3"),
         (["parallel.expert=2", "model.ffn=moe", "parallel.offload=optimizer"], "expert 2 does not work with offload"),
+        (
+            ["model.ffn=moe", "model.activation={name: 'tests.training.test_expert_parallel:Smoothed'}"],
+            "ffn 'moe' cannot have activation 'tests.training.test_expert_parallel:Smoothed', which looks at neighbouring tokens",
+        ),
+        (["model.ffn=moe", "model.activation=delta", "data.document_mask=true"], "needs tokens in order"),
         (["model.ffn={name: moe, experts: 2, active: 3}"], "ffn 'moe': active 3 is not between 1 and experts 2"),
     ],
 )
-def test_experts_that_cannot_be_spread_are_refused_before_the_run(
-    overrides: list[str], told: str, tmp_path: Path
-) -> None:
+def test_what_experts_cannot_do_is_refused_before_the_run(overrides: list[str], told: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         check_hooks(tiny_config(tmp_path, *overrides))
     assert told in str(caught.value)
