@@ -24,7 +24,7 @@ NETWORKS = ((12, 8, 5.0), (16, 6, 8.0))
 
 
 class NarrowMLP(nn.Module):
-    """64 -> `depth` hidden layers of `width` -> 10, He initialization."""
+    """64 -> `depth` hidden layers of `width` -> 10, He initialization of every layer."""
 
     def __init__(self, depth: int, width: int, activation: str) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class NarrowMLP(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.acts = nn.ModuleList(build(KINDS["activation"], {"name": activation}, width=width) for _ in range(depth))
         self.head = nn.Linear(width, 10)
-        for linear in self.hidden:
+        for linear in (*self.hidden, self.head):
             assert isinstance(linear, nn.Linear)
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
             nn.init.zeros_(linear.bias)
