@@ -18,7 +18,13 @@ EXPERTS, EXPERT_WIDTH, TEST = 8, 32, 8000
 ARMS: dict[str, dict[str, Any]] = {
     "top-1": {"name": "topk", "normalize": False, "balance": 0.0},
     "top-1 + balance loss": {"name": "topk", "normalize": False, "balance": 1e-2},
-    "top-1 + loss-free bias": {"name": "topk", "normalize": False, "balance": 0.0, "bias_rate": 1e-3},
+    "top-1 + loss-free bias": {
+        "name": "topk",
+        "normalize": False,
+        "balance": 0.0,
+        "bias_rate": 1e-3,
+        "score": "sigmoid",
+    },
     "dense to sparse": {"name": "dense_to_sparse", "balance": 0.0, "tau_max": 2.0, "tau_min": 0.3},
 }
 
