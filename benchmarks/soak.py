@@ -109,7 +109,7 @@ class Soak:
                 )
             )
         )
-        return start_ranks(2, ["--config", str(path)], self.folder / f"{name}.log")
+        return start_ranks([["--config", str(path)]] * 2, self.folder / f"{name}.log")
 
     def _undisturbed(self, name: str, stage: int) -> float:
         """Run to the end; returns how long it took (seconds)."""

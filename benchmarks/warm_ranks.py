@@ -7,32 +7,39 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+FIRST_PORT, PORTS_PER_WORKER, WORKERS = 10_000, 2_750, 8  # below the ports that Linux gives to outgoing connections
 PRELOADED = ["training.pretrain", "deepspeed", "accelerate.utils.deepspeed", "torch.utils.tensorboard"]
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on now, and that no other test worker takes: two worlds that meet on a port mix up."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS
+    first = FIRST_PORT + worker * PORTS_PER_WORKER
+    while True:
+        port = first + secrets.randbelow(PORTS_PER_WORKER)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
-def start_ranks(world_size: int, arguments: Sequence[str], log: Path) -> list[ForkServerProcess]:
-    """Start all ranks of `training.pretrain ARGUMENTS`; their output is appended to `log`."""
+def start_ranks(arguments: Sequence[Sequence[str]], log: Path) -> list[ForkServerProcess]:
+    """Start one rank of `training.pretrain` for each list of arguments; their output is appended to `log`."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(
         PRELOADED
     )  # the server starts at the first call, with the environment of that moment
-    port = free_port()
+    port, world_size = free_port(), len(arguments)
     ranks = [
-        context.Process(target=_rank, args=(rank, world_size, port, list(arguments), log), daemon=True)
-        for rank in range(world_size)
+        context.Process(target=_rank, args=(rank, world_size, port, list(own), log), daemon=True)
+        for rank, own in enumerate(arguments)
     ]
     for rank in ranks:
         rank.start()

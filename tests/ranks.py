@@ -5,12 +5,9 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import pickle
-import secrets
-import socket
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -19,20 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.warm_ranks import free_port
 from training.rendezvous import RankEnvironment, export_rank_environment
-
-FIRST_PORT, PORTS_PER_WORKER, WORKERS = 10_000, 2_750, 8  # below the ports that Linux gives to outgoing connections
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now, and that no other test worker takes: two worlds that meet on a port mix up."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS
-    first = FIRST_PORT + worker * PORTS_PER_WORKER
-    while True:
-        port = first + secrets.randbelow(PORTS_PER_WORKER)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:

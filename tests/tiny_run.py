@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -40,8 +41,9 @@ def tiny_yaml(folder: Path, extra: str = "", corpus: bool = True) -> Path:
     if corpus and not (folder / "corpus").exists():
         write_corpus(folder / "corpus")
     path = folder / "tiny.yaml"
-    path.write_text(YAML.format(folder=folder) + extra, encoding="utf-8")
-    return path
+    part = path.with_suffix(f".{os.getpid()}")  # several ranks may write the file, and none may read half of it
+    part.write_text(YAML.format(folder=folder) + extra, encoding="utf-8")
+    return part.replace(path)
 
 
 def tiny_config(folder: Path, *overrides: str) -> RunConfig:

@@ -7,6 +7,7 @@ length of the collective timeout. Here each rank polls, so that a launcher's SIG
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from datetime import timedelta
@@ -15,9 +16,11 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from configs.errors import UserError
+from configs.schema import RunConfig
 from training.rendezvous import RankEnvironment
 from training.signals import REQUEUE_EXIT_CODE, StopSignal
 
+SHARED_SECTIONS = {"model", "optim", "train", "parallel"}  # paths in other sections may differ from host to host
 ATTEMPT_S = 3.0
 POLL_S = 0.1
 
@@ -71,3 +74,22 @@ def _go_on(end: float, stop: StopSignal, state: str) -> None:
     if time.monotonic() > end:
         raise dist.DistNetworkError(f"{state} within parallel.timeout_seconds")
     time.sleep(POLL_S)
+
+
+def check_same_config(config: RunConfig) -> None:
+    """Ranks with different settings would wait for each other in different collectives; a collective itself.
+
+    Raises:
+        UserError: on every rank, when some were given another model, optim, train or parallel section than rank 0.
+    """
+    if not dist.is_initialized():
+        return
+    mine = hashlib.sha256(config.model_dump_json(include=SHARED_SECTIONS).encode()).hexdigest()
+    digests = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, mine)
+    others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise UserError(
+            f"rank {', '.join(others)}: model, optim, train or parallel differs from rank 0's; start every rank with the same config",
+            exit_code=2,
+        )

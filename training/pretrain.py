@@ -38,7 +38,7 @@ from training.expert_parallel import check_world
 from training.finish import finish
 from training.hooks import OBJECTIVE, SAMPLER
 from training.loop import Trainer
-from training.meeting import meet
+from training.meeting import check_same_config, meet
 from training.metrics import MetricsLog
 from training.optim.routing import receipt, whole_shape
 from training.progress import ProgressBar
@@ -87,13 +87,14 @@ def build_engine(
     """Bring the ranks together and build the network, filled from the newest valid checkpoint if there is one.
 
     Raises:
-        UserError: the checkpoint does not fit the config, or the ranks see different ones.
+        UserError: the checkpoint does not fit the config, or the ranks see different ones of either.
     """
     main = ranks.rank == 0
     meeting = meet(ranks, config.parallel.timeout_seconds, stop) if ranks.world_size > 1 else None
     if meeting is not None:
         watchdog.connect(meeting)
     accelerator = start(config, ranks, meeting)
+    check_same_config(config)
     model = build_model(config, eod_id, partition(config, ranks))
     checkpoint = newest_valid(run_dir.path)
     if checkpoint is not None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.warm_ranks import free_port
 from tests.cluster.slurm import LOOP_ENVIRONMENT, SlurmCluster, control
 from tests.cluster.tiny import write_tiny_config
-from tests.ranks import free_port
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ def _curve_is_whole(run: Path) -> bool:
 def _undisturbed(folder: Path) -> Path:
     """The same run on two ranks that nobody troubles."""
     arguments = ["--config", str(folder / "tiny.yaml"), *SHORT, f"run.dir={folder / 'undisturbed'}"]
-    ranks = start_ranks(2, arguments, folder / "undisturbed.log")
+    ranks = start_ranks([arguments] * 2, folder / "undisturbed.log")
     for rank in ranks:
         rank.join(120)
     assert [rank.exitcode for rank in ranks] == [0, 0], (folder / "undisturbed.log").read_text()

@@ -120,7 +120,7 @@ def test_two_ranks_decide_the_same(stage: int, folder: Path, guarded: Path, pois
     """Also under ZeRO-3, whose parameters are filled in place; losses differ by the order of float32 sums."""
     run, log = folder / f"ranks-{stage}", folder / f"ranks-{stage}.log"
     arguments = [f"run.dir={run}", poison, *STEPS, *GUARD, *NO_FINISH, f"parallel.zero_stage={stage}"]
-    ranks = start_ranks(2, ["--config", str(tiny_yaml(folder)), *arguments], log)
+    ranks = start_ranks([["--config", str(tiny_yaml(folder)), *arguments]] * 2, log)
     for rank in ranks:
         rank.join(120)
     assert [rank.exitcode for rank in ranks] == [0, 0], log.read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -29,12 +30,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Run:
-    """Two ranks of a run without end below `folder/name`."""
+    """Two ranks of a run without end below `folder/name`; `second` is what the second one alone is told."""
 
-    def __init__(self, folder: Path, name: str, *overrides: str) -> None:
+    def __init__(self, folder: Path, name: str, *overrides: str, second: Sequence[str] = ()) -> None:
         self.dir, self.log = folder / name, folder / f"{name}.log"
         arguments = ["--config", str(tiny_yaml(folder)), *ENDLESS, f"run.dir={self.dir}", *overrides]
-        self.ranks: list[ForkServerProcess] = start_ranks(2, arguments, self.log)
+        self.ranks: list[ForkServerProcess] = start_ranks([arguments, [*arguments, *second]], self.log)
 
     def wait_for_steps(self, count: int) -> None:
         """Wait until that many steps are logged."""
@@ -114,6 +115,13 @@ def test_a_mistake_on_one_rank_is_the_exit_code_of_all(folder: Path) -> None:
     assert run.exit_codes() == [1, 1], run.log.read_text()
     assert "the third batch is not edible" in run.log.read_text()
     assert "Traceback" not in run.log.read_text()
+
+
+def test_a_rank_with_another_config_is_named_before_anything_is_built(folder: Path) -> None:
+    run = Run(folder, "two-configs", second=["optim.lr=0.5"])
+    assert run.exit_codes() == [2, 2], run.log.read_text()
+    assert "rank 1: model, optim, train or parallel differs from rank 0's" in run.log.read_text()
+    assert not (run.dir / "receipt.txt").exists()
 
 
 @pytest.mark.parametrize("stage", [1, 3])
