@@ -6,8 +6,8 @@ output and the sum over a token's experts are never written out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,19 +22,48 @@ TINY = 1e-20
 
 def gathered_sum(values: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
     """For each token the (weighted) sum of its places in `values` `[S, D]` -> `[N, D]`; sums of bfloat16 run in float32."""
-    if not len(values):
+    if not len(plan.places):
         return values.new_zeros(len(plan.starts), values.shape[1])
     scale = None if weights is None else weights[plan.places].to(values.dtype)
     return F.embedding_bag(plan.places, values, plan.starts, mode="sum", per_sample_weights=scale)
 
 
-def groups(plan: Plan) -> Iterator[tuple[int, slice]]:
-    """Each expert that has tokens, and its sorted places."""
-    start = 0
+def size_step(count: int, dtype: torch.dtype) -> int:
+    """Distance between the sizes of products around `count` rows."""
+    return max(16, 1 << max(0, count.bit_length() - 5)) if dtype == torch.bfloat16 else 1
+
+
+def rounded(count: int, dtype: torch.dtype) -> int:
+    """Rows that a product of `count` rows is given: in bfloat16 the next of 16 sizes per octave (at least a multiple of 16).
+
+    oneDNN builds code for every new size of a bfloat16 product, which takes about as long as a small product and half a megabyte; and
+    an expert's load is new in each step.
+    """
+    step = size_step(count, dtype)
+    return -(-count // step) * step
+
+
+class Group(NamedTuple):
+    """An expert that has tokens: `load` sorted places, of which `places` has some more (see `rounded`)."""
+
+    expert: int
+    load: int
+    places: slice
+
+
+def groups(plan: Plan, dtype: torch.dtype) -> list[Group]:
+    """Every expert that has tokens, in order. The places beyond an expert's own are the next one's, which writes there later."""
+    found, start = [], 0
     for expert, count in enumerate(plan.counts.tolist()):
         if count:
-            yield expert, slice(start, start + count)
+            found.append(Group(expert, count, slice(start, start + rounded(count, dtype))))
         start += count
+    return found
+
+
+def padded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` `[S]` and as many zeros as the last group may reach beyond; one length for one S, so that memory is used again."""
+    return F.pad(values, (0, size_step(len(values), dtype) - 1))
 
 
 class FusedExperts(torch.autograd.Function):
@@ -45,18 +74,20 @@ class FusedExperts(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, plan: Plan, act: Activation
     ) -> Tensor:
         """Tokens `[N, D]`, a weight per place `[S]`, stacks `[E, F, D]` and `[E, D, F]` -> `[N, D]`."""
-        places, width = len(plan.rows), up.shape[1]
+        parts = groups(plan, x.dtype)
+        rows = padded(plan.rows, x.dtype)
+        places, width = len(rows), up.shape[1]
         first = x.new_empty(places, width)
         second = x.new_empty(places, width) if gate is not None else None
         outputs = x.new_empty(places, x.shape[1])
-        for e, part in groups(plan):
-            tokens = x.index_select(0, plan.rows[part])
+        for e, _, part in parts:
+            tokens = x.index_select(0, rows[part])
             hidden = act(torch.mm(tokens, (up if gate is None else gate)[e].t(), out=first[part]))
             if second is not None:
                 hidden = hidden * torch.mm(tokens, up[e].t(), out=second[part])
             torch.mm(hidden, down[e].t(), out=outputs[part])
         ctx.save_for_backward(x, weights, gate, up, down, first, second)
-        ctx.plan, ctx.act = plan, act
+        ctx.plan, ctx.act, ctx.parts = plan, act, parts
         return gathered_sum(outputs, plan, weights)
 
     @staticmethod
@@ -64,26 +95,30 @@ class FusedExperts(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         """Gradients of tokens, weights and stacks; the activation is recomputed per expert."""
         x, weights, gate, up, down, first, second = ctx.saved_tensors
-        plan, dy, inner = ctx.plan, dy.contiguous(), up if gate is None else gate
+        plan, parts, dy, inner = ctx.plan, ctx.parts, dy.contiguous(), up if gate is None else gate
+        rows = padded(plan.rows, x.dtype)
         d_inner, d_down = torch.empty_like(inner), torch.empty_like(down)
         d_up = None if second is None else torch.empty_like(up)
         for e in (plan.counts == 0).nonzero().flatten().tolist():
             for gradient in (d_inner, d_down, d_up):
                 if gradient is not None:
                     gradient[e] = 0.0
-        d_weights, d_tokens = torch.empty_like(weights), x.new_empty(len(plan.rows), x.shape[1])
+        d_weights, d_tokens = torch.empty_like(weights), x.new_empty(len(rows), x.shape[1])
         # Weighting the upstream rows weights all that follows; the weights' own gradient divides it out again, so none may be 0.
         scale = torch.where(weights.abs() < TINY, TINY, weights)
-        for e, part in groups(plan):
-            tokens = x.index_select(0, plan.rows[part])
-            d_output = dy.index_select(0, plan.rows[part]).mul_(scale[part].to(dy.dtype)[:, None])
+        factors = padded(scale.to(dy.dtype), dy.dtype)
+        for e, load, part in parts:
+            tokens = x.index_select(0, rows[part])
+            d_output = dy.index_select(0, rows[part]).mul_(factors[part][:, None])
+            d_output[load:] = 0.0  # places that are not this expert's
             with torch.enable_grad():
                 leaf = first[part].detach().requires_grad_()
                 activated = ctx.act(leaf)
             hidden = activated.detach() if second is None else activated.detach() * second[part]
             torch.mm(d_output.t(), hidden, out=d_down[e])
             d_hidden = d_output @ down[e]
-            d_weights[part] = (hidden * d_hidden).sum(-1, dtype=weights.dtype).div_(scale[part])
+            own = slice(part.start, part.start + load)
+            d_weights[own] = (hidden * d_hidden)[:load].sum(-1, dtype=weights.dtype).div_(scale[own])
             d_activated = d_hidden if second is None else d_hidden * second[part]
             (d_first,) = torch.autograd.grad(activated, leaf, d_activated)
             torch.mm(d_first.t(), tokens, out=d_inner[e])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
 import benchmarks.moe as benchmark
@@ -11,8 +13,8 @@ def test_every_rival_is_timed_on_the_same_outputs(monkeypatch: pytest.MonkeyPatc
     """bfloat16 outputs differ by roundings, and by a token whose scores tie in bfloat16; measured 0.02."""
     monkeypatch.setitem(benchmark.SHAPES, "tiny", (64, 32, 4, 2, 24))
     result = benchmark.measure(rounds=1, shapes=("tiny",))
-    for way in ("parameters", "autocast"):
-        found = result[way]["tiny"]
+    for way, tokens in product(("parameters", "autocast"), ("new", "repeated")):
+        found = result[way][tokens]["tiny"]
         assert set(found["speed_up_over"]) == {
             f"{m} {f}" for m in ("mixtral", "olmoe") for f in ("eager", "grouped_mm")
         }

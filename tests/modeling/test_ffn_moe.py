@@ -177,6 +177,22 @@ def test_the_bias_moves_towards_starved_experts_and_never_enters_the_weights() -
     assert torch.equal(expert_counts(routing.experts, None, 5), even)
 
 
+def test_rows_added_to_bfloat16_products_add_nothing() -> None:
+    """Against float64 on the same rounded weights; a leaked row would be as large as a token's own. Loads are no multiples of 16."""
+    x, upstream = states(3, 21).bfloat16(), states(3, 21).flip(0)
+    narrow, wide = layer().bfloat16(), layer()
+    wide.load_state_dict({name: value.double() for name, value in narrow.state_dict().items()})
+    found = []
+    for moe, dtype in ((narrow, torch.bfloat16), (wide, torch.float64)):
+        leaf = x.detach().clone().to(dtype).requires_grad_()
+        y, auxiliary = moe(leaf)
+        assert (auxiliary["router/counts"] % 16 != 0).all()
+        y.backward(upstream.to(dtype))
+        found.append([y.detach(), leaf.grad, *(p.grad for p in moe.parameters())])
+    for rounded, exact in zip(*found, strict=True):
+        assert (rounded - exact).norm() < 0.02 * exact.norm()  # some roundings of 2^-8
+
+
 def test_jitter_is_for_training_only() -> None:
     moe, x = layer(router={"name": "topk", "jitter": 0.1}), states()
     assert torch.equal(moe(x)[0], moe(x)[0])
