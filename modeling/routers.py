@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from .hooks import HookError
 
+Span = Literal["micro_batch", "global_batch"]
+
 
 class Routing(NamedTuple):
     """Choices of N tokens, K slots each. A tuple, in which ZeRO-3 finds the tensors that its hooks must see.
@@ -40,7 +42,7 @@ def expert_counts(experts: Tensor, kept: Tensor | None, count: int) -> Tensor:
 def balance_loss(probabilities: Tensor, counts: Tensor) -> Tensor:
     """Switch's load-balancing term `E sum_e f_e P_e` (Fedus et al. 2021, eq. 4): 1 when even, E when one expert gets all.
 
-    f_e is the expert's share of the slots (no gradient), P_e the mean of `probabilities` `[N, E]`.
+    f_e is the expert's share of the slots (no gradient), `counts` or proportional to them; P_e the mean of `probabilities` `[N, E]`.
     """
     share = counts.to(probabilities.dtype) / counts.sum()
     return probabilities.shape[-1] * (share * probabilities.mean(0)).sum()
@@ -61,9 +63,12 @@ class Router(nn.Module):
         jitter: scores see inputs times U(1 - jitter, 1 + jitter) in training.
         bias_rate: loss-free balancing (Wang et al. 2024): after each update, the bias that only enters the choice moves by this much
             towards experts that got less than their share of the global batch; 0: none.
+        balance_over: whose shares f_e the balance loss takes: `micro_batch`, these tokens'; `global_batch`, those of the update before,
+            over all ranks and micro-batches (even at first), which leaves a single micro-batch free to be uneven.
     """
 
     bias: Tensor
+    share: Tensor
     optimizer_roles = {"weight": "router"}  # noqa: RUF012 - read by the optimizer routing
 
     def __init__(
@@ -75,6 +80,7 @@ class Router(nn.Module):
         z_loss: float = 0.0,
         jitter: float = 0.0,
         bias_rate: float = 0.0,
+        balance_over: Span = "micro_batch",
     ) -> None:
         super().__init__()
         for name, value in (("balance", balance), ("z_loss", z_loss), ("jitter", jitter), ("bias_rate", bias_rate)):
@@ -82,11 +88,14 @@ class Router(nn.Module):
                 raise HookError(f"{name} {value}: must be at least 0{' and below 1' if name == 'jitter' else ''}")
         if not 1 <= active <= experts:
             raise HookError(f"active {active} of {experts} experts: must be between 1 and the number of experts")
-        self.experts, self.active = experts, active
+        self.experts, self.active, self.most_active = experts, active, active
         self.balance, self.z, self.jitter, self.bias_rate = balance, z_loss, jitter, bias_rate
         self.weight = nn.Parameter(torch.empty(experts, width))
         self.register_buffer("bias", torch.zeros(experts))
-        self.collects = ("router/counts",) if bias_rate else ()
+        self.over_global_batch = bool(balance) and balance_over == "global_batch"
+        if self.over_global_batch:
+            self.register_buffer("share", torch.full((experts,), 1.0 / experts))
+        self.collects = ("router/counts",) if bias_rate or self.over_global_batch else ()
 
     def initial_fill_(self, leaf: str, parameter: Tensor, generator: torch.Generator) -> None:
         """Normal with standard deviation 0.02."""
@@ -111,23 +120,28 @@ class Router(nn.Module):
         counts = expert_counts(experts, kept, self.experts)
         auxiliary = {"router/counts": counts}
         if self.balance:
-            auxiliary["loss/router_balance"] = self.balance * balance_loss(probabilities, counts)
+            auxiliary["loss/router_balance"] = self.balance * balance_loss(
+                probabilities, self.share if self.over_global_batch else counts
+            )
         if self.z:
             auxiliary["loss/router_z"] = self.z * z_loss(logits)
         return Routing(experts, weights, kept, auxiliary)
 
     def after_step(self, reduce: Callable[[Tensor], None], counts: Tensor | None = None) -> None:
-        """Move the bias towards the experts that got less than the mean of the update's global batch."""
-        if counts is not None:
-            load = counts.double()
-            self.bias += self.bias_rate * torch.sign(load.mean() - load).to(self.bias.dtype)
+        """Move the bias towards the experts that got less than the mean of the update's global batch; note their shares of it."""
+        if counts is None:
+            return
+        load = counts.double()
+        self.bias += self.bias_rate * torch.sign(load.mean() - load).to(self.bias.dtype)
+        if self.over_global_batch:
+            self.share.copy_(load / load.sum())
 
 
 class TopK(Router):
     """The k experts with the highest scores (Shazeer et al. 2017; Mixtral, OLMoE, DeepSeek-V3).
 
     Args:
-        width, experts, active, balance, z_loss, jitter, bias_rate: see `Router`.
+        width, experts, active, balance, z_loss, jitter, bias_rate, balance_over: see `Router`.
         score: `softmax` over all experts, or each expert's own `sigmoid`.
         normalize: weights of a token sum to 1. With one active expert the router then learns from the balance loss only.
         scale: factor on the weights.
@@ -144,11 +158,12 @@ class TopK(Router):
         z_loss: float = 0.0,
         jitter: float = 0.0,
         bias_rate: float = 0.0,
+        balance_over: Span = "micro_batch",
         score: Literal["softmax", "sigmoid"] = "softmax",
         normalize: bool = True,
         scale: float = 1.0,
     ) -> None:
-        super().__init__(width, experts, active, balance, z_loss, jitter, bias_rate)
+        super().__init__(width, experts, active, balance, z_loss, jitter, bias_rate, balance_over)
         self.score, self.normalize, self.scale = score, normalize, scale
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hooks import HookError
-from .routers import Router
+from .routers import Router, Span
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -38,7 +38,8 @@ class DenseToSparse(Router):
     costs up to experts / active times what it costs later. tau and the phase are buffers: evaluation and resumed runs use them.
 
     Args:
-        width, experts, active, balance, z_loss, jitter, bias_rate: see `Router`; the bias enters the hard phase's choice only.
+        width, experts, active, balance, z_loss, jitter, bias_rate, balance_over: see `Router`; the bias enters the hard phase's
+            choice only.
         tau_max, tau_min: first and last temperature, above 0.
         decay: share of the run over which the temperature falls.
         hard_after: share of the run after which the top k are taken.
@@ -60,6 +61,7 @@ class DenseToSparse(Router):
         z_loss: float = 0.0,
         jitter: float = 0.0,
         bias_rate: float = 0.0,
+        balance_over: Span = "micro_batch",
         tau_max: float = 2.0,
         tau_min: float = 0.3,
         decay: float = 0.5,
@@ -68,7 +70,7 @@ class DenseToSparse(Router):
         threshold: float = 1e-3,
         noise: float = 0.0,
     ) -> None:
-        super().__init__(width, experts, active, balance, z_loss, jitter, bias_rate)
+        super().__init__(width, experts, active, balance, z_loss, jitter, bias_rate, balance_over)
         if not 0.0 < tau_min <= tau_max:
             raise HookError(f"tau_min {tau_min} and tau_max {tau_max}: must be above 0, tau_min at most tau_max")
         if not 0.0 < decay <= 1.0 or not 0.0 <= hard_after <= 1.0:
@@ -81,6 +83,7 @@ class DenseToSparse(Router):
             raise HookError(f"noise {noise}: must be at least 0")
         self.tau_max, self.tau_min, self.decay, self.hard_after = tau_max, tau_min, decay, hard_after
         self.schedule, self.threshold, self.noise = schedule, threshold, noise
+        self.most_active = experts if hard_after else active
         self.register_buffer("tau", torch.tensor(float(tau_max)))
         self.register_buffer("hard", torch.tensor(False))
 
@@ -108,7 +111,7 @@ class ActivationDenseToSparse(DenseToSparse):
     offered: with them, scaling the weights is scaling the temperature.
 
     Args:
-        width, experts, active, balance, z_loss, jitter, bias_rate: see `Router`.
+        width, experts, active, balance, z_loss, jitter, bias_rate, balance_over: see `Router`.
         tau_max, tau_min, decay, hard_after, schedule, threshold, noise: see `DenseToSparse`.
         gate: the activation s.
         scale: factor on it.
@@ -125,6 +128,7 @@ class ActivationDenseToSparse(DenseToSparse):
         z_loss: float = 0.0,
         jitter: float = 0.0,
         bias_rate: float = 0.0,
+        balance_over: Span = "micro_batch",
         tau_max: float = 2.0,
         tau_min: float = 0.3,
         decay: float = 0.5,
@@ -136,7 +140,7 @@ class ActivationDenseToSparse(DenseToSparse):
         scale: float = 4.0,
     ) -> None:
         super().__init__(
-            width, experts, active, balance, z_loss, jitter, bias_rate,
+            width, experts, active, balance, z_loss, jitter, bias_rate, balance_over,
             tau_max, tau_min, decay, hard_after, schedule, threshold, noise,
         )  # fmt: skip
         if not 0.0 < scale < math.inf:

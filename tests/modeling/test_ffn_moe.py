@@ -193,6 +193,32 @@ def test_rows_added_to_bfloat16_products_add_nothing() -> None:
         assert (rounded - exact).norm() < 0.02 * exact.norm()  # some roundings of 2^-8
 
 
+def test_balance_over_the_global_batch_does_not_depend_on_how_it_is_cut() -> None:
+    """Mean over micro-batches of the loss and of its gradient: those of the whole, with the update before's shares held fixed."""
+    x = states(4, 16).flatten(0, 1)
+    found = []
+    for parts in (1, 4):
+        moe = layer(router={"name": "topk", "balance": 0.5, "balance_over": "global_batch", "bias_rate": 0.01})
+        router, counts = moe.router, torch.zeros(5, dtype=torch.int64)
+        for update in range(2):
+            router.zero_grad()
+            routings = [router(part) for part in x.chunk(parts)]
+            loss = torch.stack([routing.auxiliary["loss/router_balance"] for routing in routings]).mean()
+            loss.backward()
+            if update == 0:  # nothing is known yet: even shares, so the loss is its coefficient and pulls nowhere
+                assert float(loss.detach()) == pytest.approx(0.5)
+                assert float(router.weight.grad.norm()) < 1e-12
+                counts = torch.stack([routing.auxiliary["router/counts"] for routing in routings]).sum(0)
+                router.after_step(lambda _: None, counts)
+        weight = router.weight.detach().requires_grad_()
+        expected = 0.5 * 5 * (counts / counts.sum() * (x @ weight.T).softmax(-1).mean(0)).sum()
+        expected.backward()
+        torch.testing.assert_close(router.weight.grad, weight.grad, rtol=1e-6, atol=1e-8)  # the shares are float32
+        found.append((float(loss.detach()), float(expected.detach())))
+    assert found[0] == pytest.approx(found[1])
+    assert found[0][0] == pytest.approx(found[0][1])
+
+
 def test_jitter_is_for_training_only() -> None:
     moe, x = layer(router={"name": "topk", "jitter": 0.1}), states()
     assert torch.equal(moe(x)[0], moe(x)[0])

@@ -52,8 +52,9 @@ class Smoothed(nn.Module):
 
 
 def moe_model(seed: int = 0) -> MesokurtForCausalLM:
-    """Four experts, two active, a shared one, every loss and the loss-free bias."""
-    router = {"name": "topk", "balance": 0.01, "z_loss": 1e-3, "bias_rate": 0.01}
+    """Four experts, two active, a shared one, every loss (balance over the global batch) and the loss-free bias."""
+    losses = {"balance": 0.01, "balance_over": "global_batch", "z_loss": 1e-3}
+    router = {"name": "topk", **losses, "bias_rate": 0.01}
     options = {"experts": 4, "active": 2, "expert_width": 20, "shared_experts": 1, "router": router}
     return small_model(seed, ffn={"name": "moe", "options": options})
 
