@@ -6,11 +6,19 @@ Everything that stays is float32. Counted in elements of the network as it is bu
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
+
+import torch
+from torch import nn
 
 from configs.schema import RunConfig
 from launch.machines import Machine
+from modeling.decoder import MesokurtForCausalLM
+from modeling.ffn_moe import MoE
 from training.accelerator import layer_elements
+from training.expert_parallel import expert_parameters
 from training.optim.routing import Route
 
 FLOAT = 4
@@ -20,9 +28,13 @@ STATES = {"muon": 1, "adamw": 2}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. `peak` is what must fit: everything that stays, and the greater of the two things that come and go."""
+    """Bytes of one rank. `peak` is what must fit: everything that stays, and the greater of the two things that come and go.
+
+    Experts that are spread are built whole on every rank, and then cut: `building` are the weights at that moment.
+    """
 
     base: int
+    building: int
     parameters: int
     gradients: int
     optimizer: int
@@ -34,7 +46,7 @@ class Memory:
     def peak(self) -> int:
         """The most at any moment: activations are gone when the optimizer works."""
         stays = self.base + self.parameters + self.gradients + self.optimizer
-        return stays + max(self.activations, self.optimizer_work)
+        return max(stays + max(self.activations, self.optimizer_work), self.base + self.building)
 
 
 def elements(routes: list[Route], algorithm: str | None = None) -> int:
@@ -46,17 +58,74 @@ def elements(routes: list[Route], algorithm: str | None = None) -> int:
     return total
 
 
-def activation_bytes(config: RunConfig, sequence: int) -> int:
+def state_elements(routes: list[Route]) -> int:
+    """Elements of the optimizer's states."""
+    return sum(STATES.get(route.algorithm, 2) * route.parameter.numel() for route in routes)
+
+
+def split_experts(model: MesokurtForCausalLM, routes: list[Route], spread: int) -> tuple[list[Route], list[Route]]:
+    """Routes of all that every rank trains, and those of stacked experts, cut to what one of `spread` ranks owns."""
+    stacks = expert_parameters(model)
+    local = []
+    for route in routes:
+        if route.name in stacks:
+            shape = (route.shape[0] // spread, *route.shape[1:])
+            part = nn.Parameter(torch.empty(shape, device="meta"))
+            blocks = None if route.blocks is None else (route.blocks[0] // spread, *route.blocks[1:])
+            local.append(dataclasses.replace(route, parameter=part, shape=shape, blocks=blocks))
+    return [route for route in routes if route.name not in stacks], local
+
+
+def mixtures(model: MesokurtForCausalLM) -> list[MoE]:
+    """The layers that have experts."""
+    return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+def _moe_bytes(moe: MoE, width: int, value: int, fused: bool) -> float:
+    """What a mixture keeps per token for the backward pass, `value` bytes each in the experts' arithmetic.
+
+    A token is in k experts. There, one expert at a time (`fused`, on the CPU) keeps what comes before the activation and the gated half;
+    grouped products keep all 4 F, the sorted tokens, the outputs, and these in float32 times their weights. The router has the token and
+    its scores in float32.
+    """
+    hidden = moe.experts.up_proj.shape[1]
+    halves = 1 if moe.experts.gate_proj is None else 2
+    place = halves * hidden * value if fused else (2 * halves * hidden + 2 * width) * value + width * FLOAT
+    return moe.most_places * place + 4 * moe.shared_width * value + (width + 4 * moe.count) * FLOAT
+
+
+def activation_bytes(config: RunConfig, model: MesokurtForCausalLM, sequence: int, fused: bool) -> int:
     """What one micro-batch keeps for the backward pass.
 
     Per token and layer 12 D + 4 F values in the arithmetic's width (recomputed: D, and one layer's whole set), and three float32 values per
-    logit: log-softmax, its gradient, and the logits' gradient. With sequence parallelism a rank has its share of the tokens.
+    logit: log-softmax, its gradient, and the logits' gradient. A mixture of experts has what its tokens visit in the place of 4 F. With
+    sequence parallelism a rank has its share of the tokens.
     """
     m, t = config.model, config.train
-    width = 2 if t.dtype == "bf16" else FLOAT
-    layer = (12 * m.width + 4 * m.resolved_ffn_width) * width
-    layers = m.layers * m.width * width + layer if t.activation_checkpointing else m.layers * layer
-    return t.micro_batch * m.context // sequence * (layers + m.vocab_size * 3 * FLOAT)
+    value = 2 if t.dtype == "bf16" else FLOAT
+    moe = mixtures(model)
+    ffn = [_moe_bytes(layer, m.width, value, fused) for layer in moe]
+    ffn += [4.0 * m.resolved_ffn_width * value] * (m.layers - len(moe))
+    attention = 12 * m.width * value
+    layers = m.layers * attention + sum(ffn)
+    if t.activation_checkpointing:
+        layers = m.layers * m.width * value + attention + max(ffn)
+    return math.ceil(t.micro_batch * m.context // sequence * (layers + m.vocab_size * 3 * FLOAT))
+
+
+def cast_bytes(
+    config: RunConfig, model: MesokurtForCausalLM, shared: list[Route], experts: list[Route], stage: int
+) -> int:
+    """Bfloat16 copies of the weights that a pass keeps: autocast's (not of ZeRO-3's pieces), and the experts' own.
+
+    A recomputed layer lets go of its experts' copies.
+    """
+    if config.train.dtype != "bf16":
+        return 0
+    of_experts = elements(experts)
+    if config.train.activation_checkpointing and experts:
+        of_experts //= len(mixtures(model))
+    return 2 * ((elements(shared) if stage < 3 else 0) + of_experts)
 
 
 def optimizer_work_bytes(routes: list[Route], ranks: int, sharded: bool) -> int:
@@ -76,19 +145,26 @@ def optimizer_work_bytes(routes: list[Route], ranks: int, sharded: bool) -> int:
     return FLOAT * max(muon + max(2 * muon // ranks + iteration, back), 2 * adam)
 
 
-def predict(config: RunConfig, routes: list[Route], ranks: int, machine: Machine) -> Memory:
-    """Memory of a rank of `ranks` on a device."""
+def predict(config: RunConfig, model: MesokurtForCausalLM, routes: list[Route], ranks: int, machine: Machine) -> Memory:
+    """Memory of a rank of `ranks` on a device.
+
+    ZeRO never sees experts that are spread over ranks: their owner keeps them, their gradients and their states whole.
+    """
     p = config.parallel
-    stage = p.zero_stage if ranks > 1 else 0
-    total, bucket = elements(routes), layer_elements(config)
+    stage, spread = (p.zero_stage, p.expert) if ranks > 1 else (0, 1)
+    rest, experts = split_experts(model, routes, spread)
+    zero, owned = (rest, experts) if spread > 1 else (routes, [])
+    total, own, bucket = elements(zero), elements(owned), layer_elements(config)
     shard = -(-total // ranks)
-    states = sum(STATES.get(route.algorithm, 2) * route.parameter.numel() for route in routes)
-    largest = max(route.parameter.numel() for route in routes)
-    live = min(total, 2 * bucket + largest)
+    states, own_states = state_elements(zero), state_elements(owned)
+    largest = max(route.parameter.numel() for route in zero)
+    module = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())  # gathered at once
+    live = min(total, 2 * bucket + module)
     parameters = {0: total, 1: total, 2: total, 3: shard + live}[stage]
     master = shard if stage in (1, 2) else 0  # stage 3 trains its shards in place
     gradients = {0: total, 1: total + shard, 2: 2 * shard + bucket + largest, 3: 2 * shard + bucket + largest}[stage]
     optimizer = master + (states if stage == 0 else -(-states // ranks))
+    building = FLOAT * (parameters if stage == 3 else elements(routes) + master)
     host = 0
     if p.offload != "none" and stage and not machine.on_host:
         host = FLOAT * (optimizer + shard + (shard if p.offload == "parameters" else 0))
@@ -96,14 +172,18 @@ def predict(config: RunConfig, routes: list[Route], ranks: int, machine: Machine
     elif p.offload != "none" and stage:  # the same memory, with one more copy of weights and gradients
         optimizer += 2 * shard
     if config.checkpoint.overlap and config.checkpoint.every is not None:
-        host += FLOAT * (total + states)  # rank 0's copy, from which checkpoints are written
-    cast = 2 * total if config.train.dtype == "bf16" and stage < 3 else 0  # autocast keeps bf16 weights during a pass
+        host += FLOAT * (elements(routes) + state_elements(routes))  # rank 0's copy, from which checkpoints are written
+    activations = activation_bytes(config, model, p.sequence if ranks > 1 else 1, machine.on_host)
+    work = optimizer_work_bytes(zero, ranks, sharded=stage > 0)
+    if owned:  # their owner updates them by itself; their gradients are summed in one packed copy
+        work = max(work, optimizer_work_bytes(owned, 1, sharded=False), FLOAT * own if ranks > spread else 0)
     return Memory(
         base=machine.base,
-        parameters=FLOAT * parameters,
-        gradients=FLOAT * gradients,
-        optimizer=FLOAT * optimizer,
-        activations=activation_bytes(config, p.sequence if ranks > 1 else 1) + cast,
-        optimizer_work=optimizer_work_bytes(routes, ranks, sharded=stage > 0),
+        building=building,
+        parameters=FLOAT * (parameters + own),
+        gradients=FLOAT * (gradients + own),
+        optimizer=FLOAT * (optimizer + own_states),
+        activations=activations + cast_bytes(config, model, rest, experts, stage),
+        optimizer_work=work,
         host=host,
     )

@@ -13,7 +13,7 @@ from configs.loading import config_from_tree
 from configs.schema import RunConfig
 from launch import memory, step_time
 from launch.machines import GIB, Machine, machine
-from launch.memory import FLOAT, Memory, elements
+from launch.memory import FLOAT, Memory, elements, split_experts, state_elements
 from launch.step_time import StepTime
 from modeling.decoder import MesokurtForCausalLM
 from modeling.to_stock import obstacle
@@ -77,15 +77,20 @@ def network(config: RunConfig) -> tuple[MesokurtForCausalLM, list[Route]]:
     return model, build_optimizer(config, model)[1]
 
 
-def _stage_bytes(parameters: int, states: int, ranks: int) -> dict[int, int]:
-    """Float32 everywhere; ZeRO 1 and 2 keep a partitioned master copy beside the whole parameters, ZeRO 3 partitions those themselves."""
+def _stage_bytes(shared: list[Route], owned: list[Route], ranks: int) -> dict[int, int]:
+    """Float32 everywhere; ZeRO 1 and 2 keep a partitioned master copy beside the whole parameters, ZeRO 3 partitions those themselves.
+
+    Experts that are spread over ranks (`owned`) are their owner's under stages 0 to 2, and not for stage 3.
+    """
+    parameters, states = elements(shared), state_elements(shared)
     shard = (states + parameters) * FLOAT // ranks
-    return {
-        0: (2 * parameters + states) * FLOAT,
-        1: 2 * parameters * FLOAT + shard,
-        2: parameters * FLOAT + parameters * FLOAT // ranks + shard,
-        3: 2 * parameters * FLOAT // ranks + states * FLOAT // ranks,
+    own = (2 * elements(owned) + state_elements(owned)) * FLOAT
+    found = {
+        0: (2 * parameters + states) * FLOAT + own,
+        1: 2 * parameters * FLOAT + shard + own,
+        2: parameters * FLOAT + parameters * FLOAT // ranks + shard + own,
     }
+    return found if owned else found | {3: 2 * parameters * FLOAT // ranks + states * FLOAT // ranks}
 
 
 def inspect_config(config: RunConfig, ranks: int) -> Size:
@@ -100,7 +105,8 @@ def inspect_config(config: RunConfig, ranks: int) -> Size:
         [f"{reason} has no counterpart in a stock architecture: the run will end without an export"] if reason else []
     )
     by_algorithm = {name: elements(routes, name) for name in dict.fromkeys(r.algorithm for r in routes)}
-    states = sum(memory.STATES.get(name, 2) * count for name, count in by_algorithm.items())
+    spread = config.parallel.expert if ranks > 1 else 1
+    shared, owned = split_experts(model, routes, spread) if spread > 1 else (routes, [])
     per_step = config.train.global_batch * config.model.context
     return Size(
         elements(routes),
@@ -108,8 +114,8 @@ def inspect_config(config: RunConfig, ranks: int) -> Size:
         per_step * config.train.steps,
         per_step,
         ranks,
-        _stage_bytes(elements(routes), states, ranks),
-        memory.activation_bytes(config, config.parallel.sequence if ranks > 1 else 1),
+        _stage_bytes(shared, owned, ranks),
+        memory.activation_bytes(config, model, config.parallel.sequence if ranks > 1 else 1, fused=False),
         notes,
     )
 
@@ -127,7 +133,7 @@ def forecast(config: RunConfig, ranks: int, device_name: str) -> Forecast:
     device = machine(device_name, ranks, zero=ranks > 1 and config.parallel.zero_stage > 0)
     return Forecast(
         device,
-        memory.predict(config, routes, ranks, device),
+        memory.predict(config, model, routes, ranks, device),
         step_time.predict(config, model, routes, ranks, device),
     )
 
@@ -161,7 +167,7 @@ def refuse_if_too_large(name: str, config: RunConfig, found: Forecast, ranks: in
     if found.fits:
         return
     device, used = found.device, found.memory
-    _, routes = network(config)
+    model, routes = network(config)
     remedy = "more ranks, or a smaller network"
     for changes in _changes(config, ranks):
         tree = config.model_dump(mode="json")
@@ -170,7 +176,7 @@ def refuse_if_too_large(name: str, config: RunConfig, found: Forecast, ranks: in
             tree[section][leaf] = value
         tree["train"]["compile"] = tree["train"]["compile"] and tree["parallel"]["zero_stage"] < 3
         smaller = config_from_tree(tree, name)
-        if Forecast(device, memory.predict(smaller, routes, ranks, device), found.step).fits:
+        if Forecast(device, memory.predict(smaller, model, routes, ranks, device), found.step).fits:
             remedy = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
             break
     raise UserError(

@@ -118,6 +118,12 @@ class MoE(nn.Module):
             return f"cannot have activation {activation.name!r}, which {UNORDERED}"
         return None
 
+    @property
+    def most_places(self) -> float:
+        """Routed experts that a token visits at most in this run, on average over the tokens: what memory must have room for."""
+        limit = float("inf") if self.capacity_factor is None else self.capacity_factor * self.active
+        return min(float(self.router.most_active), limit)
+
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Apply to each position."""
         tokens = x.flatten(0, -2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing as mp
 import os
 import pickle
@@ -18,6 +19,12 @@ import torch.distributed as dist
 
 from benchmarks.warm_ranks import free_port
 from training.rendezvous import RankEnvironment, export_rank_environment
+
+
+def give_memory_back() -> None:
+    """Let glibc take blocks above 64 KiB from the system and return them: holes in its heap would count as memory that is held."""
+    threshold = -3  # M_MMAP_THRESHOLD
+    assert ctypes.CDLL("libc.so.6").mallopt(threshold, 65536) == 1
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:

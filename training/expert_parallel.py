@@ -56,6 +56,16 @@ def check_world(spread: int, world_size: int) -> None:
         )
 
 
+def expert_parameters(model: nn.Module) -> dict[str, Parameter]:
+    """The stacks of all experts by name, those that expert parallelism cuts."""
+    return {
+        f"{name}.{leaf}": parameter
+        for name, stack in model.named_modules()
+        if isinstance(stack, Experts)
+        for leaf, parameter in stack.named_parameters(recurse=False)
+    }
+
+
 class ExpertParallel:
     """The experts of this rank: their optimizer, how they lie in the whole stacks, and the reductions that they need.
 
@@ -72,11 +82,7 @@ class ExpertParallel:
         twins = [dist.new_group(list(range(place, world, spread))) for place in range(spread)]
         self.group, self.twins = groups[rank // spread], twins[self.place]
         self.stacks = {name: m for name, m in model.named_modules() if isinstance(m, Experts)}
-        self.parameters: dict[str, Parameter] = {
-            f"{name}.{leaf}": parameter
-            for name, stack in self.stacks.items()
-            for leaf, parameter in stack.named_parameters(recurse=False)
-        }
+        self.parameters = expert_parameters(model)
         assert self.parameters, "expert parallelism without experts"
         whole = {name: optimizer.routes[name] for name in self.parameters}
         self.optimizer = optimizer.split(set(self.parameters))

@@ -11,7 +11,8 @@ from configs.loading import load_config
 from launch.cli import main
 from launch.machines import GPUS
 from launch.memory import predict
-from launch.preflight import forecast, network, refuse_if_too_large
+from launch.preflight import forecast, inspect_config, network, refuse_if_too_large
+from launch.step_time import communicated_bytes
 
 BIG = "osp-1.4b"
 
@@ -19,7 +20,7 @@ BIG = "osp-1.4b"
 def peaks(*overrides: str, ranks: int = 8) -> int:
     """Predicted peak of the 1.4B config."""
     config = load_config(BIG, ["train.compile=false", *overrides])
-    return predict(config, network(config)[1], ranks, GPUS["h100"]).peak
+    return predict(config, *network(config), ranks, GPUS["h100"]).peak
 
 
 def test_what_should_save_memory_saves_it() -> None:
@@ -35,12 +36,54 @@ def test_what_should_save_memory_saves_it() -> None:
 def test_states_of_a_stage_add_up_to_the_formula() -> None:
     """One process: weights, gradients, one Muon momentum, two AdamW moments, all float32."""
     config = load_config("quickstart", ["train.dtype=fp32"])
-    _, routes = network(config)
-    found = predict(config, routes, 1, GPUS["h100"])
+    model, routes = network(config)
+    found = predict(config, model, routes, 1, GPUS["h100"])
     muon = sum(r.parameter.numel() for r in routes if r.algorithm == "muon")
     rest = sum(r.parameter.numel() for r in routes if r.algorithm == "adamw")
     assert found.parameters == found.gradients == 4 * (muon + rest)
     assert found.optimizer == 4 * muon + 8 * rest
+
+
+def test_experts_count_once_per_group_of_owners_and_their_tokens_travel() -> None:
+    """16 ranks, 64 experts, each group of 8 ranks with all of them: an eighth per rank, which ZeRO does not divide any further."""
+    ranks, spread, layers, width, hidden, active = 16, 8, 16, 2048, 1024, 8
+    config = load_config("moe-1b-7b", ["parallel.zero_stage=1", "train.compile=false"])
+    model, routes = network(config)
+    experts = layers * 64 * 3 * width * hidden
+    rest = sum(r.parameter.numel() for r in routes) - experts
+    muon = (4 * layers + 2) * width * width  # attention, and the projections beside embedding and head
+    adam = rest - muon
+    found = predict(config, model, routes, ranks, GPUS["h100"])
+    assert found.parameters == 4 * (rest + experts // spread)
+    assert found.gradients == 4 * (rest + -(-rest // ranks) + experts // spread)
+    assert found.optimizer == 4 * (-(-rest // ranks) + -(-(muon + 2 * adam) // ranks) + experts // spread)
+    assert found.building == 4 * (rest + experts + -(-rest // ranks))
+    states = inspect_config(config, ranks).state_bytes_by_stage
+    assert set(states) == {0, 1, 2}  # stage 3 is refused with spread experts
+    assert states[1] == pytest.approx(found.parameters + found.gradients + found.optimizer - 4 * rest / ranks, rel=1e-6)
+
+    tokens = config.train.micro_batch * config.model.context
+    slots = tokens * active * width * (spread - 1) // spread
+    passes = config.train.global_batch // (config.train.micro_batch * ranks)
+    travelling = passes * layers * 4 * slots * 2  # there and back, forward and backward, bfloat16
+    others = 2 * rest * 15 / 16 + 2 * experts / spread * (1 - spread / ranks) + rest * 15 / 16 + 2 * muon * 15 / 256
+    assert communicated_bytes(config, model, routes, ranks) == pytest.approx(travelling + 4 * others)
+
+
+def test_activations_are_those_of_the_experts_that_a_token_visits() -> None:
+    """Per visited expert: gate, up, their activation and product, the token and the output, in bfloat16; weighted in float32."""
+
+    def kept(**options: object) -> int:
+        ffn = {"name": "moe", "experts": 8, "active": 2, "expert_width": 256, **options}
+        config = load_config("quickstart", [f"model.ffn={json.dumps(ffn)}"])
+        return predict(config, *network(config), 1, GPUS["h100"]).activations - 2 * inspect_config(config, 1).parameters
+
+    tokens, layers, width = 8 * 256, 4, 192
+    visit = tokens * layers * ((4 * 256 + 2 * width) * 2 + width * 4)
+    assert kept(active=3) - kept() == visit
+    assert kept(router={"name": "dense_to_sparse"}) - kept() == 6 * visit  # its dense phase visits all
+    assert kept() - kept(capacity_factor=0.5) == visit
+    assert kept(shared_experts=1) - kept() == tokens * layers * 4 * 256 * 2
 
 
 def test_what_does_not_fit_is_refused_with_a_remedy_that_fits() -> None:

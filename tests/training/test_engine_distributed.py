@@ -5,7 +5,6 @@ That they compute what one process computes is in test_muon_matrix.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_
 
 from configs.errors import UserError
 from launch.machines import resident_bytes
-from tests.ranks import run_ranks
+from tests.ranks import give_memory_back, run_ranks
 from tests.training.engines import (
     Case,
     dispose,
@@ -92,12 +91,6 @@ def peak_since(reset: bool) -> int:
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
-
-
-def give_memory_back() -> None:
-    """Let glibc take blocks above 64 KiB from the system and return them: holes in its heap would count as memory that is held."""
-    threshold = -3  # M_MMAP_THRESHOLD
-    assert ctypes.CDLL("libc.so.6").mallopt(threshold, 65536) == 1
 
 
 def large_engine(seed: int) -> tuple[Engine, float]:
