@@ -66,6 +66,9 @@ def _theirs(model: Any, method: str) -> None:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
 
     common: dict[str, Any] = {"targets": "Linear", "scheme": "W4A16", "ignore": ["lm_head"]}
     if method == "rtn":
@@ -73,8 +76,18 @@ def _theirs(model: Any, method: str) -> None:
         return
     rows = rows_of_bytes(0)
     data = Dataset.from_dict({"input_ids": rows.tolist(), "attention_mask": torch.ones_like(rows).tolist()})
+    # It insists on a tokenizer, which rows of token ids never reach.
+    words = {chr(33 + index): index for index in range(64)}
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="!")), pad_token="!")
     recipe = GPTQModifier(**common, dampening_frac=0.01, actorder="static")
-    oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=TOKENS, num_calibration_samples=ROWS)
+    oneshot(
+        model=model,
+        dataset=data,
+        recipe=recipe,
+        processor=tokenizer,
+        max_seq_length=TOKENS,
+        num_calibration_samples=ROWS,
+    )
 
 
 def measure_part(part: str, folder: Path) -> dict[str, float]:

@@ -38,9 +38,9 @@ def _by_weight(sites: Sequence[Site]) -> list[list[Site]]:
     return list(same.values())
 
 
-def _exchange_all(sites: Sequence[Site], values: Tensor) -> None:
+def _exchange_all(sites: Sequence[Site], values: Tensor, reuse: bool = False) -> None:
     """Sites that shared a weight share the new one."""
-    exchange_weight(sites[0].module, values)
+    exchange_weight(sites[0].module, values, reuse=reuse)
     for site in sites[1:]:
         site.module._parameters["weight"] = sites[0].module._parameters["weight"]
 
@@ -63,18 +63,19 @@ def rotate_ffn_out(sites: Sequence[Site], inverse: bool = False) -> None:
 
 @torch.no_grad()
 def round_weights(
-    sites: Sequence[Site], rule: WeightRule | Quantizer, codes: dict[str, Quantized] | None = None
+    sites: Sequence[Site], rule: WeightRule | Quantizer, codes: dict[str, Quantized] | None = None, reuse: bool = False
 ) -> None:
     """Round the sites' weights to nearest (16 bits: as they are); their integer codes are added to `codes` where given.
 
     The parameter objects are exchanged, not overwritten: what shares a weight with a site (tied embeddings) never sees
-    the rounded one. Raises UserError for packed, partitioned or offloaded weights and for groups that do not fit.
+    the rounded one. `reuse` overwrites their memory instead, for weights that nothing shares. Raises UserError for packed,
+    partitioned or offloaded weights and for groups that do not fit.
     """
     if rule.bits == FULL:
         return
     for together in _by_weight(sites):
         quantized = rule.quantize(_wide(together[0].module.weight))
-        _exchange_all(together, quantized.dequantize())
+        _exchange_all(together, quantized.dequantize(), reuse)
         if codes is not None and isinstance(quantized, Quantized):
             codes |= dict.fromkeys((site.name for site in together), quantized)
 

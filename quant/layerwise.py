@@ -71,13 +71,15 @@ def round_by_gptq(
     settings: GPTQSettings,
     batch_size: int = 4,
     codes: dict[str, Quantized] | None = None,
+    reuse: bool = False,
 ) -> list[str]:
     """Exchange the sites' weights for ones rounded by GPTQ on calibration rows `[N, T]`; returns notes.
 
     Order within a block: as the layers run, those with the same input together ({q, k, v}, {o}, {gate, up}, {down}). Memory:
     the states of the rows between two blocks, and the Hessians of one group. Hooks that rotate inputs are respected. Layers
     that too few tokens reach, or whose Hessian cannot be factorised, are rounded to nearest, and a note says so. Codes
-    are added to `codes` where given. Raises UserError for missing rows, unusable weights and groups that do not fit.
+    are added to `codes` where given; `reuse` overwrites the old weights' memory. Raises UserError for missing rows, unusable
+    weights and groups that do not fit.
     """
     for site in sites:
         check_usable(site)
@@ -89,11 +91,11 @@ def round_by_gptq(
             for together in _sharing(group, hessians):
                 found = _round_together(together, hessians.get(together[0].name), rule, settings)
                 if found is None:
-                    round_weights(together, rule, codes)
+                    round_weights(together, rule, codes, reuse)
                     plain += [site.name for site in together]
                     continue
                 for site in together:
-                    exchange_weight(site.module, found[site.name].dequantize())
+                    exchange_weight(site.module, found[site.name].dequantize(), reuse=reuse)
                 if codes is not None:
                     codes.update(found)
         blocks.advance(block)

@@ -25,7 +25,7 @@ from quant.layerwise import round_by_gptq
 from quant.learned_rotations import LearningSettings, learn_rotations
 from quant.perplexity import Rows
 from quant.quantizers import Quantizer
-from quant.restoring import restoring_parameters
+from quant.restoring import restoring_parameters, unshared
 from quant.roles import ROLES, Role, find_sites, head_dim_of
 from quant.rotations import Kind, checked_merge, fold_gains, merge, random_rotations
 from quant.stream import residual_stream
@@ -164,13 +164,15 @@ def prepare_weights(
     options: Options = Options(),
     roles: Mapping[str, Role] = ROLES,
     keep_codes: bool = False,
+    reuse: bool = True,
 ) -> Prepared:
     """Exchange the weights of `model` for rotated and rounded ones, in place; 16-bit weights are rotated only.
 
     `rows` `[N, T]` are token ids for the methods that calibrate. With `keep_codes` the result holds every layer's integers.
-    Mixtures of experts must be unpacked (`experts.unpacked_experts`). Raises UserError for unknown methods, missing rows,
-    architectures that the method cannot serve and weights that cannot be rounded; the model is then as it was or partly
-    exchanged (`prepared_weights` restores it).
+    With `reuse` rounded weights overwrite the old ones, unless another module of the model has one of them too. Mixtures of
+    experts must be unpacked (`experts.unpacked_experts`). Raises UserError for unknown methods, missing rows, architectures
+    that the method cannot serve and weights that cannot be rounded; the model's weights are then partly exchanged
+    (`prepared_weights` restores them).
     """
     chosen = method_of(method)
     sites, head_dim = find_sites(model, roles), head_dim_of(model)
@@ -180,16 +182,16 @@ def prepare_weights(
     if chosen.hadamard:
         rotate_ffn_out(sites)
     codes: dict[str, Quantized] | None = {} if keep_codes else None
+    reuse = reuse and unshared(model, [site.module for site in sites])  # else one rounding would be another's weight
     rounding, notes = options.rounding(bits.weights), []
     if chosen.gptq and not isinstance(rounding, WeightRule):
         raise UserError(f"{method} rounds to integers, not to {options.format}: use a method without GPTQ", exit_code=2)
     if bits.weights != FULL and chosen.gptq:
         with quantized_activations(sites, FULL, head_dim, chosen.hadamard):
-            notes += round_by_gptq(
-                model, sites, rows, options.rule(bits.weights), options.gptq, options.batch_size, codes
-            )
+            rule, batch_size = options.rule(bits.weights), options.batch_size
+            notes += round_by_gptq(model, sites, rows, rule, options.gptq, batch_size, codes, reuse)
     else:
-        round_weights(sites, rounding, codes)
+        round_weights(sites, rounding, codes, reuse)
     return Prepared(method, chosen.hadamard, tuple(notes), codes or {}, objective)
 
 
@@ -204,7 +206,7 @@ def prepared_weights(
 ) -> Iterator[Prepared]:
     """`prepare_weights`, undone afterwards; activations and KV cache are left to the caller (`rounded_states`)."""
     with restoring_parameters(model):
-        yield prepare_weights(model, method, bits, rows, options, roles)
+        yield prepare_weights(model, method, bits, rows, options, roles, reuse=False)
 
 
 @contextmanager

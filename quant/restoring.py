@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,8 +24,23 @@ def restoring_parameters(model: nn.Module) -> Iterator[None]:
             module._parameters[name] = parameter
 
 
-def exchange_weight(module: nn.Module, values: Tensor, name: str = "weight") -> None:
-    """Give `module` a new frozen parameter with these values, in its old dtype, on its device; what shared the old one keeps it."""
+def exchange_weight(module: nn.Module, values: Tensor, name: str = "weight", reuse: bool = False) -> None:
+    """Give `module` a new frozen parameter with these values, in its old dtype, on its device; what shared the old one keeps it.
+
+    With `reuse` the old parameter's own memory is overwritten: for weights that nobody needs any more. (Safetensors files are
+    mapped copy-on-write, so that a file whose memory this is stays as it was.)
+    """
     old = getattr(module, name)
+    if reuse and not old.is_inference():  # torch forbids writing to those later on
+        with torch.no_grad():
+            old.copy_(values)
+        old.requires_grad_(False)
+        return
     with torch.inference_mode(False):
         module._parameters[name] = nn.Parameter(values.detach().to(old.device, old.dtype), requires_grad=False)
+
+
+def unshared(model: nn.Module, modules: Sequence[nn.Module]) -> bool:
+    """Whether the weight of each of these modules begins where no other parameter of `model` does."""
+    held = Counter(p.data_ptr() for module in model.modules() for p in module._parameters.values() if p is not None)
+    return all(held[module.weight.data_ptr()] == 1 for module in modules)  # type: ignore[operator]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
 from configs.errors import UserError
+from modeling.auto import load_whole
 from modeling.config import MesokurtConfig
 from modeling.decoder import MesokurtForCausalLM
 from quant.bits import FULL, Bits
@@ -137,6 +139,33 @@ def test_the_kept_codes_are_the_weights() -> None:
         for site in sites:
             assert torch.equal(prepared.codes[site.name].dequantize(), site.module.weight)
             assert 0 <= int(prepared.codes[site.name].codes.min()) <= int(prepared.codes[site.name].codes.max()) <= 15
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "gptq+hadamard"])
+def test_weights_rounded_in_their_own_memory_are_the_ones_rounded_in_new_memory(method: str, tmp_path: Path) -> None:
+    rows, folder = tokens(6, 20), tmp_path / "network"
+    tiny_llama(dtype=torch.float32).save_pretrained(folder)
+    stored = (folder / "model.safetensors").read_bytes()
+    model, apart = load_whole(folder), load_whole(folder)
+    places = {site.name: site.module.weight.data_ptr() for site in find_sites(model)}
+    prepare_weights(model, method, W4, rows)
+    prepare_weights(apart, method, W4, rows, reuse=False)
+    for ours, theirs in zip(model.parameters(), apart.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    kept = {site.name for site in find_sites(model) if site.module.weight.data_ptr() == places[site.name]}
+    assert kept == {name for name in places if "hadamard" not in method or not name.endswith("down_proj")}
+    assert (folder / "model.safetensors").read_bytes() == stored  # the file may be the very memory
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_weight_that_something_else_shares_is_left_to_it(method: str) -> None:
+    model = tiny_llama(dtype=torch.float32)
+    shared = model.get_submodule("model.layers.0.self_attn.q_proj").weight
+    model.model.embed_extra = nn.Embedding(*shared.shape, _weight=shared)
+    before = shared.clone()
+    prepare_weights(model, method, W4, tokens(6, 20))
+    assert torch.equal(model.model.embed_extra.weight, before)
+    assert not torch.equal(model.get_submodule("model.layers.0.self_attn.q_proj").weight, before)
 
 
 def test_too_few_calibration_tokens_round_to_nearest_and_say_so() -> None:
