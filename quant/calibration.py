@@ -59,8 +59,8 @@ class BlockWalk:
                 extras[name] = args[1:], kwargs
                 if name == first:
                     entered.append(args[0])
-                    if known:
-                        raise _Stop
+                if known or len(extras) == len(self.blocks):
+                    raise _Stop
 
             return hook
 

@@ -160,12 +160,13 @@ def test_weights_rounded_in_their_own_memory_are_the_ones_rounded_in_new_memory(
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_a_weight_that_something_else_shares_is_left_to_it(method: str) -> None:
     model = tiny_llama(dtype=torch.float32)
-    shared = model.get_submodule("model.layers.0.self_attn.q_proj").weight
-    model.model.embed_extra = nn.Embedding(*shared.shape, _weight=shared)
-    before = shared.clone()
+    layer = model.model.layers[0].self_attn.q_proj
+    other = nn.Embedding(64, 64, _weight=layer.weight)  # a parameter of its own over the same memory
+    model.model.other = other
+    before = other.weight.detach().clone()
     prepare_weights(model, method, W4, tokens(6, 20))
-    assert torch.equal(model.model.embed_extra.weight, before)
-    assert not torch.equal(model.get_submodule("model.layers.0.self_attn.q_proj").weight, before)
+    assert torch.equal(other.weight, before)
+    assert not torch.equal(layer.weight, before)
 
 
 def test_too_few_calibration_tokens_round_to_nearest_and_say_so() -> None:
