@@ -117,10 +117,10 @@ class Experts(nn.Module):
         tokens = x.index_select(0, plan.rows)
         if has_grouped(x):
             ends = plan.counts.cumsum(0).int()
-            outputs = self._network(lambda rows, stack: grouped_linear(rows, stack, ends), tokens, gate, up, down)
+            outputs = self.network(lambda rows, stack: grouped_linear(rows, stack, ends), tokens, gate, up, down)
         else:
             sizes = plan.counts.tolist()
-            outputs = self._network(lambda rows, stack: looped_linear(rows, stack, sizes), tokens, gate, up, down)
+            outputs = self.network(lambda rows, stack: looped_linear(rows, stack, sizes), tokens, gate, up, down)
         return weighted_sum(outputs, plan, weights, len(x))
 
     @contextlib.contextmanager
@@ -137,8 +137,10 @@ class Experts(nn.Module):
         up, act = F.linear(x, self.up_proj[expert].to(x.dtype)), self._activation()
         return act(up) if self.gate_proj is None else act(F.linear(x, self.gate_proj[expert].to(x.dtype))) * up
 
-    def _network(
+    def network(
         self, linear: Callable[[Tensor, Tensor], Tensor], x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor
     ) -> Tensor:
-        hidden = self.act_fn(linear(x, up)) if gate is None else self.act_fn(linear(x, gate)) * linear(x, up)
+        """Outputs `[S, D]` of tokens `[S, D]` sorted by expert; `linear(rows, stack)` multiplies each expert's rows by its matrix."""
+        act = self._activation()
+        hidden = act(linear(x, up)) if gate is None else act(linear(x, gate)) * linear(x, up)
         return linear(hidden, down)

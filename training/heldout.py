@@ -14,7 +14,7 @@ from configs.schema import RunConfig
 from quant.bits import Bits
 from quant.fake_quant import rounded_states
 from quant.roles import find_sites
-from quant.rounding_forward import weights_rounded_in_forward
+from quant.rounding_forward import experts_rounded_in_forward, roles_beside_experts, weights_rounded_in_forward
 from training.data.store import TokenStore
 from training.engine import Engine
 from training.objectives.next_token import NextToken
@@ -74,9 +74,11 @@ class QuantizedLoss:
     def _quantized(self, bits: Bits) -> Iterator[None]:
         """The network of this rank under a setting, whatever its parameters are partitioned into."""
         model = self.engine.module
+        roles = roles_beside_experts(model)
         with ExitStack() as stack:
-            stack.enter_context(rounded_states(model, bits, ffn_hadamard=False))
-            stack.enter_context(weights_rounded_in_forward(find_sites(model), bits.weights))
+            stack.enter_context(rounded_states(model, bits, ffn_hadamard=False, roles=roles))
+            stack.enter_context(weights_rounded_in_forward(find_sites(model, roles), bits.weights))
+            stack.enter_context(experts_rounded_in_forward(model, bits))
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not see any of this
             yield
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from configs.loading import config_from_tree
 from configs.schema import RunConfig
 from quant.bits import Bits
+from quant.experts import unpacked_experts
 from quant.fake_activations import quantized_activations
 from quant.fake_kv import quantized_kv
 from quant.integers import fake_symmetric
@@ -26,6 +27,7 @@ from training.data.store import TokenStore
 from training.heldout import QuantizedLoss, heldout_nats
 
 STAGES = (0, 1, 3)
+MOE = (Case(0, expert=2), Case(3))  # experts on the ranks that own them; stacks cut into pieces
 SETTINGS = ["4-4-4", "4-16-16", "16-4-16", "16-16-4", "16-16-16"]
 # 5 rows on 2 ranks: one rank fills up with a row of weight 0.
 EVAL = {"rows": 5, "quantized_every": 1, "quantized_bits": SETTINGS}
@@ -35,10 +37,12 @@ def settings(**changes: Any) -> RunConfig:
     return config_from_tree({"eval": EVAL | changes, "train": {"global_batch": 8, "micro_batch": 2}}, "a test")
 
 
-def fitting_model(store: TokenStore) -> Any:
+def fitting_model(store: TokenStore, moe: bool = False) -> Any:
     """Heads of 8; the store's vocabulary and context, for training on tokens below the engines' 128 as well."""
     shape = {"vocab_size": store.vocab_size, "max_position_embeddings": store.context, "num_attention_heads": 3}
-    return small_model(**shape)
+    options = {"experts": 4, "active": 2, "expert_width": 20, "shared_experts": 1}
+    ffn: dict[str, Any] = {"ffn": {"name": "moe", "options": options}} if moe else {}
+    return small_model(**shape, **ffn)
 
 
 def measured(folder: Path, stage: int) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor]]:
@@ -61,8 +65,20 @@ def measured(folder: Path, stage: int) -> tuple[dict[str, float], dict[str, Tens
     return found, ends[0], ends[1]
 
 
-def all_stages(folder: Path) -> dict[int, Any]:
-    return {stage: measured(folder, stage) for stage in STAGES}
+def of_experts(folder: Path, case: Case) -> dict[str, float]:
+    """Losses of a fresh mixture of experts."""
+    store = prepare(tiny_config(folder), progress=False)
+    engine = small_engine(case, model=fitting_model(store, moe=True))
+    losses = QuantizedLoss(settings(), engine, store)
+    assert losses.obstacle == ""
+    found = losses.measure() | {"full": heldout_nats(engine, store, 5, 2)}
+    assert all("compute" not in vars(module) for module in engine.module.modules())
+    dispose(engine)
+    return found
+
+
+def all_stages(folder: Path) -> tuple[dict[int, Any], list[dict[str, float]]]:
+    return {stage: measured(folder, stage) for stage in STAGES}, [of_experts(folder, case) for case in MOE]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(folder: Path) -> list[dict[int, Any]]:
+def two_ranks(folder: Path) -> list[tuple[dict[int, Any], list[dict[str, float]]]]:
     return run_ranks(2, all_stages, folder, timeout_s=200.0)
 
 
@@ -83,43 +99,56 @@ def alone(folder: Path) -> tuple[dict[str, float], dict[str, Tensor], dict[str, 
     return measured(folder, 0)
 
 
-def test_one_process_measures_what_fake_quantization_gives(folder: Path, alone: Any) -> None:
-    """The reference: rounded weights written into the model, the protocol's own rounding of activations and KV around it."""
-    store = prepare(tiny_config(folder), progress=False)
+@pytest.fixture(scope="module")
+def experts_alone(folder: Path) -> dict[str, float]:
+    return of_experts(folder, Case(0))
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_one_process_measures_what_fake_quantization_gives(
+    moe: bool, folder: Path, alone: Any, experts_alone: dict[str, float]
+) -> None:
+    """The reference: rounded weights written into the model, its experts unpacked, the protocol's own rounding of activations and KV."""
+    store, found = prepare(tiny_config(folder), progress=False), experts_alone if moe else alone[0]
     tokens = store.rows("held_out", np.arange(5))
     for text in SETTINGS:
-        bits, model = Bits.parse(text), fitting_model(store).eval()
-        sites = find_sites(model)
-        with torch.no_grad():
+        bits, model = Bits.parse(text), fitting_model(store, moe).eval()
+        with torch.no_grad(), unpacked_experts(model):
+            sites = find_sites(model)
             for site in sites:
                 site.module.weight.copy_(fake_symmetric(site.module.weight, bits.weights))
             with quantized_kv(model, sites, bits.kv, 8), quantized_activations(sites, bits.activations, 8, False):
                 logits = model(tokens[:, :-1]).logits
             wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         # Other batches: a last bit of a float32 sum may flip one code of many thousands.
-        assert alone[0][f"eval/loss@{text}"] == pytest.approx(float(wanted), abs=2e-5)
-    assert alone[0]["eval/loss@16-16-16"] == alone[0]["full"]
-    assert len(set(alone[0].values())) == len(SETTINGS)
+        assert found[f"eval/loss@{text}"] == pytest.approx(float(wanted), abs=2e-5)
+    assert found["eval/loss@16-16-16"] == found["full"]
+    assert len(set(found.values())) == len(SETTINGS)
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_measure_what_one_process_does(stage: int, two_ranks: list[dict[int, Any]], alone: Any) -> None:
+def test_two_ranks_measure_what_one_process_does(stage: int, two_ranks: Any, alone: Any) -> None:
     """Rows fall into other batches on two ranks; see above for the tolerance."""
-    for of_rank in two_ranks:
-        found = of_rank[stage][0]
-        assert found.keys() == alone[0].keys()
-        for name, loss in found.items():
-            assert loss == pytest.approx(alone[0][name], abs=2e-5)
-    assert two_ranks[0][stage][0] == two_ranks[1][stage][0]
+    first, second = (of_rank[0][stage][0] for of_rank in two_ranks)
+    assert first == second == pytest.approx(alone[0], abs=2e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_experts_on_two_ranks_measure_what_one_process_does(two_ranks: Any, experts_alone: dict[str, float]) -> None:
+    """Spread over the ranks that own them, and under ZeRO-3."""
+    for number in range(len(MOE)):
+        first, second = (of_rank[1][number] for of_rank in two_ranks)
+        assert first == second == pytest.approx(experts_alone, abs=2e-5)
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_measuring_changes_no_bit_of_training_on_ranks(stage: int, two_ranks: list[dict[int, Any]]) -> None:
-    _, watched, plain = two_ranks[0][stage]
+def test_measuring_changes_no_bit_of_training_on_ranks(stage: int, two_ranks: Any) -> None:
+    _, watched, plain = two_ranks[0][0][stage]
     assert len(plain) > 20
     assert same_tensors(watched, plain)
 
