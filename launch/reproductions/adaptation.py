@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from launch.reproductions.domains import WIDTH, Domains, fit, normalized_error
+from launch.reproductions.seeding import seed_network
 from modeling.config import MesokurtConfig
 from modeling.ffn_gated import GatedFFN
 from modeling.ffn_moe import MoE
+from modeling.initializers import keyed_generator
 from training.conversion import Cut, Groups, cut_tensor, group_neurons
 
 NEURONS = 256
@@ -36,7 +38,7 @@ class Adapted:
 
 def dense_layer(seed: int) -> GatedFFN:
     """A gated SiLU layer of 256 neurons; its output's unused channels are and stay zero."""
-    torch.manual_seed(seed)
+    seed_network(seed)
     layer = GatedFFN(MesokurtConfig(hidden_size=WIDTH, intermediate_size=NEURONS, num_attention_heads=2), 0)
     with torch.no_grad():
         layer.down_proj.weight[16:] = 0.0
@@ -63,7 +65,6 @@ def pruned_layer(layer: GatedFFN, kept: Tensor) -> GatedFFN:
 
 def expert_layer(layer: GatedFFN, groups: Groups, active: int, seed: int) -> MoE:
     """The layer cut into experts behind a router of weights `1 + r(x)` that starts next to zero."""
-    torch.manual_seed(seed)
     config = MesokurtConfig(hidden_size=WIDTH, intermediate_size=NEURONS, num_attention_heads=2)
     count, width = groups.experts.shape
     moe = MoE(config, 0, experts=count, active=active, expert_width=width, router="residual")
@@ -71,7 +72,7 @@ def expert_layer(layer: GatedFFN, groups: Groups, active: int, seed: int) -> MoE
     for leaf, weight in layer.state_dict().items():
         leaves |= cut_tensor(leaf, weight, groups)
     with torch.no_grad():
-        moe.router.initial_fill_("weight", moe.router.weight, torch.Generator().manual_seed(seed))
+        moe.router.initial_fill_("weight", moe.router.weight, keyed_generator(seed, "router"))
     moe.load_state_dict(leaves | {f"router.{k}": v for k, v in moe.router.state_dict().items()})
     return moe
 

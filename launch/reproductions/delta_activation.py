@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launch.reproductions.criterion import Criterion
+from launch.reproductions.seeding import seed_network
 from modeling.delta_activation import Delta, Rule
 from modeling.delta_linear import DeltaLinear
 
@@ -55,7 +56,7 @@ class StreamNet(nn.Module):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        torch.manual_seed(seed)
+        seed_network(seed)
         self.linears = [nn.Linear(a, b) for a, b in ((PIXELS, 96), (96, 96), (96, CLASSES))]
         self.sites: list[Delta] = []
         self.parts = nn.ModuleList(self.linears)

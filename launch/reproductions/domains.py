@@ -50,14 +50,17 @@ def fit(
     steps: int,
     lr: float,
     around_step: Callable[[int, dict[str, Tensor] | None], None] | None = None,
+    falling: bool = False,
 ) -> None:
     """Train the parameters that need a gradient with Adam on the mean squared error plus the layer's own losses.
 
-    `around_step(step, None)` is called before each step, `around_step(step, auxiliary)` after it.
+    `around_step(step, None)` is called before each step, `around_step(step, auxiliary)` after it. `falling`: `lr` falls linearly to 0.
     """
     optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=lr)
     layer.train()
     for step in range(steps):
+        if falling:
+            optimizer.param_groups[0]["lr"] = lr * (1.0 - step / steps)
         if around_step is not None:
             around_step(step, None)
         x, target = task.batch()

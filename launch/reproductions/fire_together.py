@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from launch.reproductions.criterion import Criterion
 from launch.reproductions.fire_together_cnn import estimate_criteria
+from launch.reproductions.seeding import seed_network
 from modeling.ffn_predicted_mask import MaskPredictor, mass_mask
+from modeling.initializers import keyed_generator
 
 PAPER = (
     "Fire Together Wire Together: A Dynamic Pruning Approach with Self-Supervised Mask Prediction (arXiv 2110.08232)"
@@ -119,7 +121,7 @@ def error(student: Student, x: Tensor, y: Tensor, mask: Tensor | None = None) ->
 
 def new_predictor(seed: int) -> MaskPredictor:
     """A linear predictor of 256 neurons."""
-    predictor, generator = MaskPredictor(INPUTS, HIDDEN, None), torch.Generator().manual_seed(seed)
+    predictor, generator = MaskPredictor(INPUTS, HIDDEN, None), keyed_generator(seed, "predictor")
     with torch.no_grad():
         for name, parameter in predictor.named_parameters():
             predictor.initial_fill_(name, parameter, generator)
@@ -128,7 +130,7 @@ def new_predictor(seed: int) -> MaskPredictor:
 
 def measure(seed: int, scale: float) -> dict[str, float]:
     """One seed of the proof; `scale` shortens every training."""
-    torch.manual_seed(seed)
+    seed_network(seed)
     data = Domains(seed)
     steps, alone, tuned = (int(n * scale) for n in (3000, 600, 1500))
     dense = fit(Student(), data, steps)
@@ -152,7 +154,7 @@ def measure(seed: int, scale: float) -> dict[str, float]:
         strongest = dense.hidden(held_x).mean(0).topk(size).indices
     fixed = torch.zeros(HIDDEN).index_fill(0, strongest, 1.0)
     static = fit(copy_of(dense), data, tuned, lambda _student, x: fixed.expand(len(x), -1))
-    generator = torch.Generator().manual_seed(seed)
+    generator = keyed_generator(seed, "random masks")
     order = torch.rand(HELD_OUT, HIDDEN, generator=generator).argsort(1).argsort(1)
     random = order < mask.sum(1, keepdim=True)
     return {

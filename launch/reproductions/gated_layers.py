@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from statistics import mean
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from launch.reproductions.domains import WIDTH, Domains, fit, normalized_error, outputs_of
+from launch.reproductions.seeding import seed_network
 from modeling.config import MesokurtConfig
 from modeling.ffn_moe import MoE
 from modeling.initializers import keyed_generator
@@ -25,8 +27,22 @@ ARMS: dict[str, dict[str, Any]] = {
         "bias_rate": 1e-3,
         "score": "sigmoid",
     },
-    "dense to sparse": {"name": "dense_to_sparse", "balance": 0.0, "tau_max": 2.0, "tau_min": 0.3},
+    # Gumbel noise of scale 1 is part of EvoMoE's gate.
+    "dense to sparse": {"name": "dense_to_sparse", "balance": 0.0, "tau_max": 2.0, "tau_min": 0.3, "noise": 1.0},
 }
+
+
+class Rate(NamedTuple):
+    """Adam's rate: constant, or falling linearly to 0."""
+
+    lr: float
+    falling: bool
+
+    def __str__(self) -> str:
+        return f"{self.lr:g} {'falling' if self.falling else 'constant'}"
+
+
+RATES = tuple(Rate(lr, falling) for falling in (False, True) for lr in (3e-3, 1e-2, 3e-2))
 
 
 @dataclass(frozen=True)
@@ -38,14 +54,13 @@ class Gated:
     experts_per_token: float
 
 
-def train_gate(arm: str, seed: int, steps: int) -> Gated:
-    """One layer of ReLU experts of 32, Adam at 3e-3; the gate is told of each step as the trainer does."""
-    torch.manual_seed(seed)
+def train_gate(arm: str, seed: int, steps: int, rate: Rate) -> Gated:
+    """One layer of ReLU experts of 32; the gate is told of each step as the trainer does."""
+    seed_network(seed)
     task = Domains(seed, FREQUENCIES)
     test_x, test_y = task.batch(TEST)
     config = MesokurtConfig(hidden_size=WIDTH, intermediate_size=EXPERT_WIDTH, num_attention_heads=2, activation="relu")
     layer = MoE(config, 0, experts=EXPERTS, active=1, expert_width=EXPERT_WIDTH, router=ARMS[arm], gated=False)
-    # Keyed by name: the task draws its keys from `seed` itself, and a router of the same draws would start as the answer.
     with torch.no_grad():
         for part, module in (("router", layer.router), ("experts", layer.experts)):
             for name, parameter in module.named_parameters():
@@ -59,10 +74,15 @@ def train_gate(arm: str, seed: int, steps: int) -> Gated:
             with torch.no_grad():
                 layer.router.after_step(lambda _: None, auxiliary["router/counts"])
 
-    fit(layer, task, steps, 3e-3, around_step)
+    fit(layer, task, steps, rate.lr, around_step, rate.falling)
     with torch.no_grad():
         _, auxiliary = outputs_of(layer, test_x)
     counts = auxiliary["router/counts"].double()
     return Gated(
         normalized_error(layer, test_x, test_y), float(counts.max() / counts.mean()), float(counts.sum() / TEST)
     )
+
+
+def tuning_errors(arm: str, seeds: tuple[int, ...], steps: int) -> dict[Rate, float]:
+    """Mean error of each of the six rates on `seeds`, which are not those that are reported; the same six for every gate."""
+    return {rate: mean(train_gate(arm, seed, steps, rate).error for seed in seeds) for rate in RATES}

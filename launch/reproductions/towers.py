@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from launch.reproductions.adaptation import contribution_scores
+from launch.reproductions.seeding import seed_network
 from modeling.config import MesokurtConfig
 from modeling.two_tower import TwoTower
 
@@ -55,7 +56,7 @@ class Effects:
 
 def train_towers(seed: int, steps: int) -> tuple[TwoTower, PromptTask]:
     """Both tasks at once, Adam with a linearly falling rate."""
-    torch.manual_seed(seed)
+    seed_network(seed)
     task = PromptTask(seed)
     config = MesokurtConfig(
         hidden_size=48,
