@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import logging
 import math
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from configs.errors import UserError
 from quant.benchmark_data import TaskData
 from quant.benchmark_tasks import STOP, Benchmark, is_right
+from quant.quiet_bars import bars_on_terminals_only
 
 SHOT_SEED = 1234
 
@@ -73,15 +71,6 @@ def _task_config(data: TaskData) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The harness's progress bars are for terminals; its failures are exceptions."""
-    with contextlib.ExitStack() as stack:
-        if not sys.stderr.isatty():
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        yield
-
-
 def context_of(model: PreTrainedModel) -> int:
     """How many tokens the model takes, at most 2048 as in the paper."""
     return min(int(getattr(model.config.get_text_config(), "max_position_embeddings", 2048)), 2048)
@@ -122,7 +111,7 @@ def run_benchmarks(
         harness[data.task.name] = ConfigurableTask(config=_task_config(data))
         harness[data.task.name].set_fewshot_seed(SHOT_SEED)
     place = {"max_length": context_of(model), "device": str(model.device), "backend": "causal"}
-    with _quiet():
+    with bars_on_terminals_only():
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **place)
         found = evaluate(lm, {"tasks": harness, "groups": {}, "group_map": {}}, log_samples=False)["results"]
     for data in wanted:

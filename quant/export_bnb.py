@@ -20,10 +20,11 @@ CPU_ROWS = 32
 
 @dataclass(frozen=True)
 class NF4Export:
-    """Where the export lies, how many linear layers were packed, and what its user should know."""
+    """Where the export lies, how many linear layers were packed, parameters of experts that were not, and what its user should know."""
 
     path: Path
     packed_layers: int
+    expert_parameters: int
     notes: tuple[str, ...]
 
 
@@ -62,21 +63,33 @@ def _packed_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
     }
 
 
+def _named(layers: list[str]) -> str:
+    return layers[0] if len(layers) == 1 else f"{layers[0]} and {len(layers) - 1} more"
+
+
 def _size_notes(packed: dict[str, nn.Linear]) -> list[str]:
-    """What to know of layers whose sizes do not suit NF4, by name."""
+    """What to know of layers whose sizes do not suit NF4: a line for each cause, with the first layer's name."""
+    straddling = [name for name, layer in packed.items() if layer.in_features % NF4_BLOCK]
+    uneven = [name for name, layer in packed.items() if name not in straddling and layer.out_features % CPU_ROWS]
     notes = []
-    for name, layer in packed.items():
-        if layer.in_features % NF4_BLOCK:
-            notes.append(
-                f"{name} has {layer.in_features} inputs, not a multiple of {NF4_BLOCK}: its NF4 blocks straddle rows: "
-                "it cannot be sharded cleanly, nor run by bitsandbytes on CPUs with AVX512-BF16"
-            )
-        elif layer.out_features % CPU_ROWS:
-            notes.append(
-                f"{name} has {layer.out_features} outputs, not a multiple of {CPU_ROWS}: bitsandbytes cannot run it on "
-                "CPUs with AVX512-BF16"
-            )
+    if straddling:
+        size = packed[straddling[0]].in_features
+        notes.append(
+            f"{_named(straddling)}: {size} inputs are not a multiple of {NF4_BLOCK}, so NF4 blocks straddle rows: such a layer cannot "
+            "be sharded cleanly, nor run by bitsandbytes on CPUs with AVX512-BF16"
+        )
+    if uneven:
+        size = packed[uneven[0]].out_features
+        notes.append(
+            f"{_named(uneven)}: {size} outputs are not a multiple of {CPU_ROWS}: bitsandbytes cannot run such a layer on CPUs "
+            "with AVX512-BF16"
+        )
     return notes
+
+
+def _stacked(model: PreTrainedModel) -> int:
+    """Parameters in stacks of experts, which bitsandbytes leaves alone."""
+    return sum(p.numel() for p in model.parameters() if p.ndim == 3)
 
 
 def export_bnb_nf4(hf_dir: str | Path, out_dir: str | Path, compute_dtype: torch.dtype = torch.bfloat16) -> NF4Export:
@@ -104,7 +117,10 @@ def export_bnb_nf4(hf_dir: str | Path, out_dir: str | Path, compute_dtype: torch
         raise UserError(f"{source}: bitsandbytes found no linear layer to pack in {type(model).__name__}")
     with appearing(target) as folder:
         model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
-        notes = _size_notes(packed) + copy_tokenizer(source, folder)
+        notes, experts = _size_notes(packed) + copy_tokenizer(source, folder), _stacked(model)
+        if experts:
+            whole = f"{experts:,} parameters of experts are not packed: bitsandbytes packs linear layers, experts are stacks"
+            notes.append(f"{whole}; the format compressed-tensors packs them")
         if not torch.equal(_probe_logits(_load(folder, compute_dtype)), _probe_logits(model)):
             raise UserError(f"{source}: the NF4 model changes its logits when saved and reloaded; nothing was exported")
-    return NF4Export(target, len(packed), tuple(notes))
+    return NF4Export(target, len(packed), experts, tuple(notes))

@@ -63,7 +63,7 @@ def copy_tokenizer(source: Path, folder: Path) -> list[str]:
     files = sorted({file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
     for file in files:
         shutil.copy2(file, folder / file.name)
-    return [] if files else [f"{source} has no tokenizer files, so the export has none either"]
+    return [] if files else ["there are no tokenizer files beside the model, so the export has none either"]
 
 
 def check_tokenizer(source: Path, folder: Path, target: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,9 +12,11 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from configs.errors import UserError
 from quant.bits import FULL, Bits
+from quant.experts import unpacked_experts
 from quant.export_folder import (
     SHARD_BYTES,
     appearing,
@@ -25,8 +28,11 @@ from quant.export_folder import (
 from quant.integers import Quantized
 from quant.methods import Options, method_of, prepare_weights
 from quant.perplexity import Rows
+from quant.quiet_bars import bars_on_terminals_only
 
 TOLERANCE = 1e-3
+# A layer of an unpacked stack: the stack's module, the expert's number, the matrix.
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -80,15 +86,28 @@ def quantization_config(bits: int, group: int | None, left_alone: list[str]) -> 
     return config.model_dump(mode="json")
 
 
-def _packed(codes: Quantized, bits: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one layer `[out, in]`: codes eight (or four) to an int32, scales `[out, groups]`, shape."""
+def _packed(codes: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one layer of codes `[out, in]`: eight (or four) of them to an int32, scales `[out, groups]`, shape."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     return {
-        "weight_packed": pack_to_int32(codes.codes.reshape(codes.shape).to(torch.int8), bits).contiguous(),
-        "weight_scale": codes.scale.squeeze(-1).to(dtype).clone(),
+        "weight_packed": pack_to_int32(codes, bits).contiguous(),
+        "weight_scale": scale.to(dtype).clone(memory_format=torch.contiguous_format),
         "weight_shape": torch.tensor(list(codes.shape), dtype=torch.int64),
     }
+
+
+def _by_parameter(codes: Mapping[str, Quantized], pick: Callable[[Quantized], Tensor]) -> dict[str, Tensor]:
+    """A matrix for each layer under its parameter's name; those of experts stacked, as the model holds them."""
+    found: dict[str, Tensor] = {}
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for name, layer in codes.items():
+        expert = _EXPERT.fullmatch(name)
+        if expert is None:
+            found[f"{name}.weight"] = pick(layer)
+        else:
+            stacks.setdefault(f"{expert[1]}.{expert[3]}", {})[int(expert[2])] = pick(layer)
+    return found | {name: torch.stack([parts[e] for e in sorted(parts)]) for name, parts in stacks.items()}
 
 
 def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -99,9 +118,10 @@ def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 @torch.no_grad()
 def _stand_in(model: PreTrainedModel, codes: Mapping[str, Quantized]) -> PreTrainedModel:
     """Give every packed layer of `model` the values that codes and scales, stored in the model's dtype, stand for."""
-    for name, layer in codes.items():
-        weight = cast(Tensor, model.get_submodule(name).weight)
-        weight.copy_((layer.codes * layer.scale.to(weight.dtype).float()).reshape(layer.shape))
+    with unpacked_experts(model):
+        for name, layer in codes.items():
+            weight = cast(Tensor, model.get_submodule(name).weight)
+            weight.copy_((layer.codes * layer.scale.to(weight.dtype).float()).reshape(layer.shape))
     return model
 
 
@@ -117,13 +137,26 @@ def _logits(model: PreTrainedModel) -> Tensor:
 def _tensors(
     model: PreTrainedModel, codes: Mapping[str, Quantized], bits: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    """What is stored, under the names of the architecture's checkpoints, in which every expert's matrices have their own."""
+    integers = _by_parameter(codes, lambda layer: layer.codes.reshape(layer.shape).to(torch.int8))
+    scales = _by_parameter(codes, lambda layer: layer.scale.squeeze(-1))
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in integers}
     if getattr(model.config, "tie_word_embeddings", False):
         state.pop("lm_head.weight", None)
-    for name, layer in codes.items():
-        del state[f"{name}.weight"]
-        state |= {f"{name}.{key}": tensor for key, tensor in _packed(layer, bits, dtype).items()}
+    state, integers, scales = (revert_weight_conversion(model, part) for part in (state, integers, scales))
+    for name, matrix in integers.items():
+        scale = scales[name].view(len(matrix), -1)  # the split squeezes a single group away
+        layer = _packed(matrix, scale, bits, dtype)
+        state |= {f"{name.removesuffix('.weight')}.{key}": tensor for key, tensor in layer.items()}
     return state
+
+
+def _left_alone(model: PreTrainedModel, codes: Mapping[str, Quantized], stored: Mapping[str, Tensor]) -> list[str]:
+    """Linear layers that are not packed, and a router's matrix, which other engines take for one."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    matrices = [key for key, tensor in stored.items() if ".layers." in key and tensor.ndim == 2]
+    routers = [key.removesuffix(".weight") for key in matrices if key.endswith(".weight")]
+    return list(dict.fromkeys(name for name in (*linear, *routers) if name not in codes))
 
 
 def expected_bytes(model: PreTrainedModel, codes: Mapping[str, Quantized], bits: int, dtype: torch.dtype) -> int:
@@ -143,7 +176,7 @@ def export_int(
     calibration: Rows | None = None,
     dtype: str = "bfloat16",
 ) -> IntExport:
-    """Quantize a stock causal LM's blocks to `bits` by a method of `quant.methods` and write it packed; embeddings and head stay.
+    """Quantize a stock causal LM's blocks to `bits` by a method of `quant.methods` and write it packed; embeddings, routers and head stay.
 
     `out` appears only when stock transformers reload it to the logits of the fake-quantized model, within 1e-3 of the largest.
 
@@ -155,22 +188,25 @@ def export_int(
     check_full_precision(hf_dir)
     kind = DTYPES[dtype]
     whole = Bits(bits, FULL, FULL)
-    prepared = prepare_weights(_load(hf_dir, torch.float32), method, whole, calibration, options, keep_codes=True)
+    source = _load(hf_dir, torch.float32)
+    with unpacked_experts(source):
+        prepared = prepare_weights(source, method, whole, calibration, options, keep_codes=True)
     codes = prepared.codes
     model = _stand_in(_load(hf_dir, kind), codes)
     wanted = _logits(model)
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    left_alone = [name for name in linear if name not in codes]
+    tensors = _tensors(model, codes, bits, kind)
     with appearing(out) as folder:
-        save_torch_state_dict(_tensors(model, codes, bits, kind), folder, max_shard_size=SHARD_BYTES)
+        save_torch_state_dict(tensors, folder, max_shard_size=SHARD_BYTES)
         config = model.config
-        config.quantization_config = quantization_config(bits, options.group, left_alone)
+        config.quantization_config = quantization_config(bits, options.group, _left_alone(model, codes, tensors))
         config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
         notes = [*prepared.notes, *copy_tokenizer(hf_dir, folder)]
         check_tokenizer(hf_dir, folder, out)
-        difference = float((_logits(_load(folder, kind)) - wanted).abs().max() / wanted.abs().max())
+        with bars_on_terminals_only():
+            reloaded = _logits(_load(folder, kind))
+        difference = float((reloaded - wanted).abs().max() / wanted.abs().max())
         if not difference < TOLERANCE:
             raise UserError(
                 f"export {out}: reloaded logits differ by {difference:.1e} (relative); nothing was exported"

@@ -72,6 +72,8 @@ def _bnb_nf4(source: Path, out: Path, _wish: Wish) -> Exported:
     with _stock_folder(source) as folder:
         done = export_bnb_nf4(folder, out)
     facts = {"linear layers packed": str(done.packed_layers), "weights": "NF4 with double quantization"}
+    if done.expert_parameters:
+        facts["experts"] = f"not packed ({done.expert_parameters:,} parameters in bfloat16)"
     return Exported(out, Written("bnb-nf4", "NF4, reloads to identical logits", facts), 0.0, done.notes)
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from configs.errors import UserError
 from configs.loading import load_config
-from configs.schema import RunConfig
+from configs.schema import RunConfig, Source
 from quant.benchmarks import Score
 from quant.bits import Bits
 from quant.evaluation import Row
@@ -104,7 +104,8 @@ def _table(title: str, found: Mapping[str, Any]) -> list[str]:
     rows = _rows(found)
     if not rows:
         return []
-    return [f"**{title}**", "", markdown_table(rows), "", *(f"- {note}" for note in notes(rows)), ""]
+    told = [f"- {note}" for note in notes(rows)]
+    return [f"**{title}**", "", markdown_table(rows), "", *([*told, ""] if told else [])]
 
 
 def _measured(files: RunFiles) -> list[str]:
@@ -128,6 +129,13 @@ def _measured(files: RunFiles) -> list[str]:
     ]
 
 
+def _source(source: Source) -> str:
+    """How a card names a source of documents; where files lay on a machine is nobody's business."""
+    if source.kind == "hub":
+        return f"{source.path}" + (f" ({source.subset})" if source.subset else "")
+    return "Python's standard library" if source.path is None else Path(source.path).name
+
+
 def _training(config: RunConfig | None) -> list[str]:
     if config is None:
         return [
@@ -135,7 +143,7 @@ def _training(config: RunConfig | None) -> list[str]:
             "",
         ]
     tokens = config.train.steps * config.train.global_batch * config.model.context
-    sources = ", ".join(dict.fromkeys(s.path or "Python's standard library" for s in config.data.sources))
+    sources = ", ".join(dict.fromkeys(map(_source, config.data.sources)))
     facts = {
         "steps": f"{config.train.steps:,}",
         "tokens": f"{tokens:,} ({config.train.global_batch} sequences of {config.model.context} per step)",

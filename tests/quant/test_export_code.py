@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from configs.errors import UserError
 from modeling.decoder import MesokurtForCausalLM
 from quant.export_code import _own_files, export_code
+from quant.export_folder import weight_bytes
 from tests.modeling.small import roughen, small_model, tokens
 
 OUTSIDE = '''\
@@ -99,13 +100,17 @@ def test_it_loads_and_generates_in_a_process_without_this_project(
     assert torch.equal(found["made"], made)
 
 
-def test_the_folder_holds_every_file_of_the_network_and_none_that_only_loads_or_merges(exported: Path) -> None:
+def test_the_folder_holds_every_file_of_the_network_and_none_that_only_loads_or_merges(
+    custom: MesokurtForCausalLM, exported: Path
+) -> None:
     names = {path.stem for path in exported.glob("*.py")}
     assert {path.stem for path in _own_files()} | {"modeling_mesokurt", "outside_square_plus_hook"} == names
     assert {"decoder", "norms", "ffn_moe", "hooks"} <= names
     assert not names & {"auto", "to_llama", "to_stock", "folders"}
     config = json.loads((exported / "config.json").read_text())
     assert config["activation"] == {"name": ".outside_square_plus_hook:SquarePlus", "options": {"b": 2.0}}
+    theory = 4 * sum(p.numel() for p in custom.parameters())
+    assert weight_bytes(exported) == pytest.approx(theory, rel=0.05)
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_mesokurt.MesokurtForCausalLM"
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from configs.errors import UserError
 from modeling.folders import resolve
 from quant import export_hf as module
-from quant.export_folder import SAMPLE
+from quant.export_folder import SAMPLE, weight_bytes
 from quant.export_hf import export_hf
 from tests.modeling.small import roughen, small_model, tokens
 from tests.training.data.corpora import VOCAB, small_tokenizer
@@ -49,6 +49,8 @@ def test_the_export_is_a_stock_llama_with_equal_logits(change: dict[str, Any], t
     with torch.no_grad():
         expected, found = ours(ids).logits, stock(ids).logits
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+    theory = 4 * sum(p.numel() for p in stock.parameters())
+    assert weight_bytes(tmp_path / "out") == pytest.approx(theory, rel=0.05)
     # Nothing of ours is needed to load it, and no code travels with it.
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
     assert [

@@ -17,6 +17,7 @@ from quant import export_int4 as module
 from quant.bits import Bits
 from quant.export_int4 import export_int
 from quant.methods import Options, quantized
+from tests.quant.test_experts import model_of
 from tests.quant.tiny import tiny_llama, tokens
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
@@ -56,6 +57,29 @@ def test_stock_transformers_reload_the_fake_quantized_logits(
         full, found = reference(ids).logits, reloaded(ids).logits
     assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
     assert float((found - full).abs().max() / full.abs().max()) > 1e-2  # quantization shows
+
+
+@pytest.mark.parametrize(("name", "method", "group"), [("mixtral", "rtn", None), ("qwen2_moe", "gptq", 8)])
+def test_stock_transformers_reload_a_mixture_whose_experts_are_packed_one_by_one(
+    name: str, method: str, group: int | None, tmp_path: Path
+) -> None:
+    """Under the names that such checkpoints have on the Hub; routers are left alone."""
+    model_of(name).save_pretrained(tmp_path / "hf")
+    options, rows, ids = Options(group=group), tokens(16, 24, seed=7), tokens(3, 20, seed=9)
+    export_int(tmp_path / "hf", tmp_path / "out", method, options=options, calibration=rows, dtype="float32")
+    reference = model_of(name)
+    with quantized(reference, method, Bits(4, 16, 16), rows, options), torch.no_grad():
+        wanted = reference(ids).logits
+    reloaded = cast(Any, AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)).eval()
+    with torch.no_grad():
+        found = reloaded(ids).logits
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    expert, gate = ("block_sparse_moe", "w2") if name == "mixtral" else ("mlp", "down_proj")
+    assert stored[f"model.layers.1.{expert}.experts.3.{gate}.weight_packed"].dtype == torch.int32
+    assert f"model.layers.1.{expert}.gate.weight" in stored
+    tree = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert f"model.layers.1.{expert}.gate" in QuantizationConfig.model_validate(tree).ignore
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

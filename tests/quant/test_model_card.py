@@ -57,6 +57,8 @@ def test_tables_are_those_of_the_runs_files(folder: Path, tmp_path: Path) -> Non
     assert "| weights on disk | 1,234 bytes |" in card
     assert "| hidden size | 77 |" in card
     assert "| tokens | 768 (4 sequences of 32 per step) |" in card
+    assert "| data | corpus |" in card
+    assert str(tmp_path) not in card
 
 
 def test_without_a_run_the_card_says_what_is_not_known(folder: Path, tmp_path: Path) -> None:
