@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from analysis import report_html as h
 from analysis.report_data import RunRecord
 from analysis.report_svg import figure_style, inline_svg
-from analysis.sparsity_law import REACH, fit, forecast, form_of
+from analysis.sparsity_law import REACH, Interval, fit, forecast, form_of, settled_limit
 from configs.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,17 +36,23 @@ def active_series(rows: Sequence[dict[str, Any]], error: float) -> list[tuple[fl
 def outlook(series: Sequence[tuple[float, float]]) -> list[str]:
     """What the law says of the share at the furthest tokens that may be forecast and in the limit, or why it says nothing."""
     tokens, shares = [t for t, _ in series], [s for _, s in series]
-    lines = []
+    form = form_of(shares) if len(shares) > 1 else "relu"
     try:
-        form = form_of(shares) if len(shares) > 1 else "relu"
         fitted = fit(tokens, shares, form)
-        kind = "falling (ReLU)" if form == "relu" else "rising (SiLU)"
-        lines.append(f"{kind} law through {fitted.points} points, mean error {fitted.mean_error:.2g}")
-        at = REACH * max(tokens)
-        for where, name in ((at, f"at {at:.3g} tokens"), (math.inf, "in the limit")):
-            lines.append(f"{name}: {forecast(tokens, shares, where, form)}")
     except UserError as error:
-        lines.append(str(error))
+        return [str(error)]
+    kind = "falling (ReLU)" if form == "relu" else "rising (SiLU)"
+    lines = [f"{kind} law through {fitted.points} points, mean error {fitted.mean_error:.2g}"]
+    at = REACH * max(tokens)
+    answers: dict[str, Callable[[], Interval]] = {
+        f"at {at:.3g} tokens": lambda: forecast(tokens, shares, at, form),
+        "in the limit": lambda: settled_limit(fitted),
+    }
+    for name, answer in answers.items():
+        try:
+            lines.append(f"{name}: {answer()}")
+        except UserError as error:  # what the data do not settle at one place they may settle at the other
+            lines.append(str(error))
     return lines
 
 

@@ -11,7 +11,7 @@ and minimising over the rest gives its profile, and from that a confidence inter
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,6 +105,19 @@ def _shapes(form: Form, alphas: Array, rates: Array) -> tuple[Array, Array]:
     return grid[0].ravel(), grid[1].ravel()
 
 
+_LOG_ALPHAS, _LOG_RATES = np.linspace(math.log(0.03), math.log(6.0), 61), np.linspace(math.log(1e-3), math.log(1e2), 61)
+
+
+def _zoom(function: Callable[[Array], Array], grid: Array) -> Array:
+    """Smallest values `[K]` of K functions of one variable, starting from equidistant `grid [K, N]` and closing in five times."""
+    values = function(grid)
+    for _ in range(5):
+        best, step = np.argmin(values, 1), grid[:, 1] - grid[:, 0]
+        grid = np.take_along_axis(grid, best[:, None], 1) + step[:, None] * np.linspace(-1.0, 1.0, 9)
+        values = function(grid)
+    return np.asarray(values.min(1))
+
+
 class _Problem:
     """Points scaled to D_last = 1, and the sum of squares as a function of the shape parameters and of the share at D*."""
 
@@ -130,12 +143,32 @@ class _Problem:
     def _end(self, alphas: Array, rates: Array, at: float) -> Array:
         return np.zeros_like(alphas) if math.isinf(at) else self.basis(alphas, rates, np.array([at]))[:, 0]
 
-    def profile(self, alphas: Array, rates: Array, at: float, p: float) -> float:
-        """Smallest sum of squares with the share at `at` held at `p`."""
+    def squares(self, alphas: Array, rates: Array, at: float, p: float) -> Array:
+        """Sum of squares of each shape with the share at `at` held at `p` and the best amplitude w >= 0."""
         phi = self.basis(alphas, rates, self.x) - self._end(alphas, rates, at)[:, None]
         left = self.y[None, :] - p
         w = np.maximum((phi * left).sum(1) / np.maximum((phi**2).sum(1), 1e-300), 0.0)
-        return float(((left - w[:, None] * phi) ** 2).sum(1).min())
+        return np.asarray(((left - w[:, None] * phi) ** 2).sum(1))
+
+    def profile(self, at: float, p: float) -> float:
+        """Smallest sum of squares with the share at `at` held at `p`.
+
+        The valley is narrow and bent, so that one grid over both shape parameters misses its floor: for each alpha the rate is
+        sought, then alpha.
+        """
+
+        def over_rates(logs: Array) -> Array:
+            alphas = np.exp(logs)
+            if self.form == "silu":
+                return self.squares(alphas, np.zeros_like(alphas), at, p)
+            return _zoom(
+                lambda rates: self.squares(np.repeat(alphas, rates.shape[1]), np.exp(rates).ravel(), at, p).reshape(
+                    rates.shape
+                ),
+                np.repeat(_LOG_RATES[None], len(alphas), 0),
+            )
+
+        return float(_zoom(lambda logs: over_rates(logs[0])[None], _LOG_ALPHAS[None])[0])
 
     def search(self) -> tuple[float, float]:
         """The best shape with a limit in [0, 1]: a wide grid, then four zooms."""
@@ -156,16 +189,14 @@ class _Problem:
         p, _w, squares = self.solve(a, r, at)
         freedom = len(self.y) - (4 if self.form == "relu" else 3)
         allowed = float(squares[0]) * (1.0 + _student(freedom) ** 2 / freedom) + 1e-18
-        alphas, rates = _shapes(self.form, np.geomspace(0.03, 6.0, 91), np.geomspace(1e-3, 1e2, 91))
-        alphas, rates = np.append(alphas, a), np.append(rates, r)
 
         def edge(outside: float) -> float:
             inside = float(p[0])
-            if self.profile(alphas, rates, at, outside) <= allowed:
+            if self.profile(at, outside) <= allowed:
                 return outside
             for _ in range(24):
                 middle = 0.5 * (inside + outside)
-                if self.profile(alphas, rates, at, middle) <= allowed:
+                if self.profile(at, middle) <= allowed:
                     inside = middle
                 else:
                     outside = middle
@@ -220,20 +251,14 @@ def forecast(tokens: Sequence[float], share: Sequence[float], at: float, form: F
     Raises:
         UserError: too few points; more than 3 times the observed tokens; a limit that the data do not settle.
     """
-    fitted = fit(tokens, share, form, unit)
     if math.isinf(at):
-        if not fitted.identified:
-            raise UserError(
-                f"sparsity law: the limit is not settled by {fitted.points} points up to {fitted.last * unit:.3g} tokens "
-                f"(anything from {100 * fitted.limit.low:.1f}% to {100 * fitted.limit.high:.1f}% fits); train longer"
-            )
-        return fitted.limit
-    if at > REACH * fitted.last * unit:
+        return settled_limit(fit(tokens, share, form, unit))
+    d, a = _points(tokens, share)
+    if at > REACH * d.max() * (1 + 1e-9):
         raise UserError(
-            f"sparsity law: {at:.3g} tokens are more than {REACH:g} times the {fitted.last * unit:.3g} observed; "
+            f"sparsity law: {at:.3g} tokens are more than {REACH:g} times the {d.max():.3g} observed; "
             "that far the law is not settled by the data"
         )
-    d, a = _points(tokens, share)
     problem = _Problem(form, d / unit, a)
     interval = problem.interval(at / unit / problem.last, problem.search())
     if interval.high - interval.low > LOOSEST * max(interval.value, 1e-12):
@@ -242,3 +267,17 @@ def forecast(tokens: Sequence[float], share: Sequence[float], at: float, form: F
             f"{100 * interval.low:.1f}% to {100 * interval.high:.1f}% fits); train longer"
         )
     return interval
+
+
+def settled_limit(fitted: LawFit) -> Interval:
+    """The limit of a fit.
+
+    Raises:
+        UserError: the data do not settle it.
+    """
+    if not fitted.identified:
+        raise UserError(
+            f"sparsity law: the limit is not settled by {fitted.points} points up to {fitted.last * fitted.unit:.3g} tokens "
+            f"(anything from {100 * fitted.limit.low:.1f}% to {100 * fitted.limit.high:.1f}% fits); train longer"
+        )
+    return fitted.limit

@@ -6,13 +6,17 @@ import math
 
 import numpy as np
 import pytest
+from scipy.optimize import least_squares
+from scipy.stats import t as student
 
+from analysis.report_sparsity import outlook
 from analysis.sparsity_law import Form, curve, fit, forecast, form_of
 from configs.errors import UserError
 from launch.reproductions.sparsing_law import RELU_POINTS, law_criteria
 
 TOKENS = [1e9 * tokens for tokens, _ in RELU_POINTS]
 SHARES = [share for _, share in RELU_POINTS]
+RELU_POINTS_IN_TOKENS = list(zip(TOKENS, SHARES, strict=True))
 
 
 def test_the_authors_points_refit_to_the_published_laws() -> None:
@@ -54,8 +58,43 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 
 
 def test_forecasts_read_like_the_run_s_report() -> None:
-    assert str(forecast(TOKENS, SHARES, 8e11, "relu")) == "7.2% [7.0, 7.3]"
-    assert str(forecast(TOKENS, SHARES, math.inf, "relu")).startswith("7.2% [6.9")
+    assert str(forecast(TOKENS, SHARES, 8e11, "relu")) == "7.2% [6.9, 7.4]"
+    assert str(forecast(TOKENS, SHARES, math.inf, "relu")) == "7.2% [6.8, 7.4]"
+
+
+@pytest.mark.parametrize("points", [8, 12])
+def test_an_interval_ends_where_no_other_law_fits(points: int) -> None:
+    """A search of all four parameters from many starts, the limit held at an end: its sum of squares is the one allowed there."""
+    tokens, shares = np.array(TOKENS[:points]) / 1e9, np.array(SHARES[:points])
+    limit = fit(list(tokens * 1e9), list(shares), "relu").limit
+
+    def smallest(held: float | None) -> float:
+        def residuals(z: np.ndarray) -> np.ndarray:
+            end = z[3] if held is None else held
+            return 1e3 * (end + np.exp(z[2]) * np.exp(-np.exp(z[1]) * (tokens / tokens[-1]) ** np.exp(z[0])) - shares)
+
+        starts = [(a, c, b, 0.05) for a in (-1.5, -0.5, 0.0, 0.4) for c in (-1.0, 0.0, 1.0) for b in (-4.0, -3.0)]
+        return min(1e-6 * float((least_squares(residuals, start).fun ** 2).sum()) for start in starts)
+
+    freedom = points - 4
+    allowed = smallest(None) * (1 + student.ppf(0.975, freedom) ** 2 / freedom)
+    for end in (limit.low, limit.high):
+        if end > 0.0:
+            assert smallest(end) == pytest.approx(allowed, rel=0.02)
+        else:
+            assert smallest(end) < allowed
+
+
+def test_the_report_says_what_is_settled_and_why_the_rest_is_not() -> None:
+    """All 12 points settle the share at three times the tokens and the limit, fewer only the former."""
+    law, near, limit = outlook(RELU_POINTS_IN_TOKENS)
+    assert law.startswith("falling (ReLU) law through 12 points")
+    assert (near, limit) == ("at 8.17e+11 tokens: 7.2% [6.9, 7.4]", "in the limit: 7.2% [6.8, 7.4]")
+    for points in (6, 8, 10):
+        _, near, limit = outlook(RELU_POINTS_IN_TOKENS[:points])
+        assert near.startswith("at ")
+        assert "limit is not settled" in limit
+    assert len(outlook(RELU_POINTS_IN_TOKENS[:1])) == 1
 
 
 @pytest.mark.parametrize(
