@@ -9,6 +9,7 @@ PROBES = {
     "router": "analysis.probes.router:RouterTelemetry",
     "activation_histogram": "analysis.probes.histogram:ActivationHistogram",
     "activation_sparsity": "analysis.probes.activation_sparsity:ActivationSparsity",
+    "mask_mass": "analysis.probes.mask_mass:MaskMass",
     "width_pruning": "analysis.probes.pruning:WidthPruning",
     "depth_pruning": "analysis.probes.pruning:DepthPruning",
 }

@@ -88,7 +88,7 @@ def test_neurons_sum_to_the_output_and_a_threshold_of_zero_or_infinity_is_the_wh
 
 
 def test_truncation_does_not_see_how_a_neuron_shares_its_size_between_input_and_output_but_scores_do() -> None:
-    """(h_i, column_i) -> (a h_i, column_i / a) is the same network: CETT keeps the same neurons, Top-k does not."""
+    """(h_i, column_i) -> (a h_i, column_i / a) is the same network: CETT keeps the same neurons, FAT and Top-k do not."""
     model, ids = network(), tokens(2, 8)
     other = network()
     scale = torch.logspace(-1, 1, 48, dtype=torch.float64)
@@ -96,14 +96,37 @@ def test_truncation_does_not_see_how_a_neuron_shares_its_size_between_input_and_
         for layer in other.model.layers:
             layer.mlp.gate_proj.weight *= scale[:, None]  # ReLU passes positive factors through
             layer.mlp.down_proj.weight /= scale[None, :]
-    probe = ActivationSparsity(p=None)
+    probe, scaled = ActivationSparsity(p=None), ActivationSparsity(p=None)
     probe.measure(model, [ids])
+    scaled.measure(other, [ids])
     rule = ByContribution(probe.whole.thresholds(0.3))
     one, two = pruned_loss(model, [ids], rule), pruned_loss(other, [ids], rule)
     assert one["active"] == two["active"]
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-12)
-    share = ByRank(one["active"])
-    assert abs(pruned_loss(model, [ids], share)["loss"] - pruned_loss(other, [ids], share)["loss"]) > 1e-3
+    share = one["active"]
+    assert (
+        abs(pruned_loss(model, [ids], ByRank(share))["loss"] - pruned_loss(other, [ids], ByRank(share))["loss"]) > 1e-3
+    )
+    fat = [
+        pruned_loss(net, [ids], ByScore(found.whole.score_threshold(share)))["loss"]
+        for net, found in ((model, probe), (other, scaled))
+    ]
+    assert abs(fat[0] - fat[1]) > 1e-3
+
+
+def test_truncation_does_not_see_the_scale_of_the_output() -> None:
+    """Columns of W_out times 8: thresholds are 8 times as large, errors and active shares the same (a power of two is exact)."""
+    ids, found = tokens(2, 8), []
+    for factor in (1.0, 8.0):
+        model = network(num_hidden_layers=1)
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight *= factor
+        probe = ActivationSparsity(p=None)
+        probe.measure(model, [ids])
+        found.append(probe.whole)
+    assert torch.equal(found[0].errors, found[1].errors)
+    assert torch.equal(found[0].active, found[1].active)
+    assert found[1].thresholds(0.3) == [8.0 * threshold for threshold in found[0].thresholds(0.3)]
 
 
 def test_the_thresholds_give_every_layer_the_error_that_was_asked_for() -> None:
