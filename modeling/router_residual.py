@@ -18,7 +18,8 @@ class ResidualTopK(Router):
     router with fewer active ones always takes the first k, and the others never learn: start it a little off zero.
 
     Args:
-        width, experts, active, balance, z_loss, jitter, bias_rate, balance_over: see `Router`; the balance loss sees softmax(r).
+        width, experts, active, balance, z_loss, jitter, bias_rate, balance_over, bias_fall: see `Router`; the balance loss sees
+            softmax(r).
         init_std: standard deviation of the initial scores' weights; 0: exactly zero.
     """
 
@@ -34,9 +35,10 @@ class ResidualTopK(Router):
         jitter: float = 0.0,
         bias_rate: float = 0.0,
         balance_over: Span = "micro_batch",
+        bias_fall: float = 0.0,
         init_std: float = 1e-3,
     ) -> None:
-        super().__init__(width, experts, active, balance, z_loss, jitter, bias_rate, balance_over)
+        super().__init__(width, experts, active, balance, z_loss, jitter, bias_rate, balance_over, bias_fall)
         if not 0.0 <= init_std < math.inf:
             raise HookError(f"init_std {init_std}: must be at least 0")
         self.init_std = init_std

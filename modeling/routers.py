@@ -65,6 +65,7 @@ class Router(nn.Module):
             towards experts that got less than their share of the global batch; 0: none.
         balance_over: whose shares f_e the balance loss takes: `micro_batch`, these tokens'; `global_batch`, those of the update before,
             over all ranks and micro-batches (even at first), which leaves a single micro-batch free to be uneven.
+        bias_fall: share of the run, at its end, over which `bias_rate` falls linearly to 0, so that loads stop swinging; 0: it stays.
     """
 
     bias: Tensor
@@ -81,15 +82,19 @@ class Router(nn.Module):
         jitter: float = 0.0,
         bias_rate: float = 0.0,
         balance_over: Span = "micro_batch",
+        bias_fall: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value in (("balance", balance), ("z_loss", z_loss), ("jitter", jitter), ("bias_rate", bias_rate)):
             if not 0.0 <= value < (1.0 if name == "jitter" else math.inf):
                 raise HookError(f"{name} {value}: must be at least 0{' and below 1' if name == 'jitter' else ''}")
+        if not 0.0 <= bias_fall <= 1.0:
+            raise HookError(f"bias_fall {bias_fall}: a share of the run, from 0 to 1")
         if not 1 <= active <= experts:
             raise HookError(f"active {active} of {experts} experts: must be between 1 and the number of experts")
         self.experts, self.active, self.most_active = experts, active, active
         self.balance, self.z, self.jitter, self.bias_rate = balance, z_loss, jitter, bias_rate
+        self.bias_fall, self.rate = bias_fall, bias_rate
         self.weight = nn.Parameter(torch.empty(experts, width))
         self.register_buffer("bias", torch.zeros(experts))
         self.over_global_batch = bool(balance) and balance_over == "global_batch"
@@ -127,12 +132,17 @@ class Router(nn.Module):
             auxiliary["loss/router_z"] = self.z * z_loss(logits)
         return Routing(experts, weights, kept, auxiliary)
 
+    def before_step(self, step: int, steps: int) -> None:
+        """Set how far the bias moves after update `step` (0-based) of `steps`."""
+        left = (steps - step) / (self.bias_fall * steps) if self.bias_fall else 1.0
+        self.rate = self.bias_rate * min(1.0, left)
+
     def after_step(self, reduce: Callable[[Tensor], None], counts: Tensor | None = None) -> None:
         """Move the bias towards the experts that got less than the mean of the update's global batch; note their shares of it."""
         if counts is None:
             return
         load = counts.double()
-        self.bias += self.bias_rate * torch.sign(load.mean() - load).to(self.bias.dtype)
+        self.bias += self.rate * torch.sign(load.mean() - load).to(self.bias.dtype)
         if self.over_global_batch:
             self.share.copy_(load / load.sum())
 
@@ -141,7 +151,7 @@ class TopK(Router):
     """The k experts with the highest scores (Shazeer et al. 2017; Mixtral, OLMoE, DeepSeek-V3).
 
     Args:
-        width, experts, active, balance, z_loss, jitter, bias_rate, balance_over: see `Router`.
+        width, experts, active, balance, z_loss, jitter, bias_rate, balance_over, bias_fall: see `Router`.
         score: `softmax` over all experts, or each expert's own `sigmoid`.
         normalize: weights of a token sum to 1. With one active expert the router then learns from the balance loss only.
         scale: factor on the weights.
@@ -159,11 +169,12 @@ class TopK(Router):
         jitter: float = 0.0,
         bias_rate: float = 0.0,
         balance_over: Span = "micro_batch",
+        bias_fall: float = 0.0,
         score: Literal["softmax", "sigmoid"] = "softmax",
         normalize: bool = True,
         scale: float = 1.0,
     ) -> None:
-        super().__init__(width, experts, active, balance, z_loss, jitter, bias_rate, balance_over)
+        super().__init__(width, experts, active, balance, z_loss, jitter, bias_rate, balance_over, bias_fall)
         self.score, self.normalize, self.scale = score, normalize, scale
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

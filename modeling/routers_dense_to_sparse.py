@@ -38,8 +38,8 @@ class DenseToSparse(Router):
     costs up to experts / active times what it costs later. tau and the phase are buffers: evaluation and resumed runs use them.
 
     Args:
-        width, experts, active, balance, z_loss, jitter, bias_rate, balance_over: see `Router`; the bias enters the hard phase's
-            choice only.
+        width, experts, active, balance, z_loss, jitter, bias_rate, balance_over, bias_fall: see `Router`; the bias enters the
+            hard phase's choice only.
         tau_max, tau_min: first and last temperature, above 0.
         decay: share of the run over which the temperature falls.
         hard_after: share of the run after which the top k are taken.
@@ -62,6 +62,7 @@ class DenseToSparse(Router):
         jitter: float = 0.0,
         bias_rate: float = 0.0,
         balance_over: Span = "micro_batch",
+        bias_fall: float = 0.0,
         tau_max: float = 2.0,
         tau_min: float = 0.3,
         decay: float = 0.5,
@@ -70,7 +71,7 @@ class DenseToSparse(Router):
         threshold: float = 1e-3,
         noise: float = 0.0,
     ) -> None:
-        super().__init__(width, experts, active, balance, z_loss, jitter, bias_rate, balance_over)
+        super().__init__(width, experts, active, balance, z_loss, jitter, bias_rate, balance_over, bias_fall)
         if not 0.0 < tau_min <= tau_max:
             raise HookError(f"tau_min {tau_min} and tau_max {tau_max}: must be above 0, tau_min at most tau_max")
         if not 0.0 < decay <= 1.0 or not 0.0 <= hard_after <= 1.0:
@@ -88,7 +89,8 @@ class DenseToSparse(Router):
         self.register_buffer("hard", torch.tensor(False))
 
     def before_step(self, step: int, steps: int) -> None:
-        """Set the temperature and the phase of update `step` (0-based) of `steps`."""
+        """Set the temperature, the phase and the bias's rate of update `step` (0-based) of `steps`."""
+        super().before_step(step, steps)
         self.tau.fill_(temperature(step, steps, self.tau_max, self.tau_min, self.decay, self.schedule))
         self.hard.fill_(step >= self.hard_after * steps)
 
@@ -111,7 +113,7 @@ class ActivationDenseToSparse(DenseToSparse):
     offered: with them, scaling the weights is scaling the temperature.
 
     Args:
-        width, experts, active, balance, z_loss, jitter, bias_rate, balance_over: see `Router`.
+        width, experts, active, balance, z_loss, jitter, bias_rate, balance_over, bias_fall: see `Router`.
         tau_max, tau_min, decay, hard_after, schedule, threshold, noise: see `DenseToSparse`.
         gate: the activation s.
         scale: factor on it.
@@ -129,6 +131,7 @@ class ActivationDenseToSparse(DenseToSparse):
         jitter: float = 0.0,
         bias_rate: float = 0.0,
         balance_over: Span = "micro_batch",
+        bias_fall: float = 0.0,
         tau_max: float = 2.0,
         tau_min: float = 0.3,
         decay: float = 0.5,
@@ -140,7 +143,7 @@ class ActivationDenseToSparse(DenseToSparse):
         scale: float = 4.0,
     ) -> None:
         super().__init__(
-            width, experts, active, balance, z_loss, jitter, bias_rate, balance_over,
+            width, experts, active, balance, z_loss, jitter, bias_rate, balance_over, bias_fall,
             tau_max, tau_min, decay, hard_after, schedule, threshold, noise,
         )  # fmt: skip
         if not 0.0 < scale < math.inf:

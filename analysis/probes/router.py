@@ -36,6 +36,7 @@ class RouterTelemetry(Probe):
     load: Tensor
     routed: Tensor
     hidden: Tensor
+    largest: Tensor
 
     def __init__(self, max_tokens: int = 4096, small: float = 0.01) -> None:
         super().__init__()
@@ -47,9 +48,13 @@ class RouterTelemetry(Probe):
         self.shape = (0, 0)
 
     def declare(self, layers: int, experts: int) -> None:
-        """Per layer and expert: slots; per layer: tokens, entropy, wanted slots; per expert: places, kurtosis, inactive share."""
+        """Per layer and expert: slots; per layer: tokens, entropy, wanted slots; per expert: places, kurtosis, inactive share.
+
+        And per layer the largest score.
+        """
         for name, shape in (("load", (layers, experts)), ("routed", (layers, 3)), ("hidden", (layers, experts, 4))):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("largest", torch.zeros(layers, dtype=torch.float64), dist_reduce_fx="max")
         self.shape = (layers, experts)
 
     @contextlib.contextmanager
@@ -74,7 +79,7 @@ class RouterTelemetry(Probe):
                         lambda router, inputs, routing, index=index: self._routing(index, router, inputs[0], routing)
                     ),
                     layer.router.register_forward_pre_hook(
-                        lambda router, inputs, index=index: self._entropy(index, router, inputs[0])
+                        lambda router, inputs, index=index: self._scores(index, router, inputs[0])
                     ),
                     layer.experts.register_forward_pre_hook(
                         lambda _experts, inputs, index=index: self._load(index, inputs[1])
@@ -85,9 +90,11 @@ class RouterTelemetry(Probe):
                 stack.enter_context(layer.experts.observed(_at(self._hidden, index)))
             yield
 
-    def _entropy(self, layer: int, router: nn.Module, x: Tensor) -> None:
-        """Of the router's probabilities, in nats; before the forward, when ZeRO-3 has gathered the weights."""
-        probabilities = router.choose(router.logits(x.detach()))[2].double()  # type: ignore[operator]
+    def _scores(self, layer: int, router: nn.Module, x: Tensor) -> None:
+        """Size, and the probabilities' entropy in nats; before the forward, when ZeRO-3 has gathered the weights."""
+        logits = router.logits(x.detach())  # type: ignore[operator]
+        self.largest[layer] = torch.maximum(self.largest[layer], logits.abs().max().double())
+        probabilities = router.choose(logits)[2].double()  # type: ignore[operator]
         self.routed[layer, 1] += torch.special.entr(probabilities).sum()
 
     def _routing(self, layer: int, router: nn.Module, x: Tensor, routing: Routing) -> None:
@@ -118,8 +125,9 @@ class RouterTelemetry(Probe):
         """Per layer and, as lists `router/NAME/layerN`, per expert.
 
         `load` is an expert's share of the slots in use, `imbalance` the largest over the mean load (1 when even), `entropy` in nats
-        per token (at most log experts), `dropped` the share of the wanted slots that no expert took, `dead` the number of experts
-        without a token. `kurtosis` and `inactive` are means over an expert's tokens; NaN for an expert without any.
+        per token (at most log experts), `active` the experts that a token visits, `largest_score` the largest size of any token's
+        score, `dropped` the share of the wanted slots that no expert took, `dead` the number of experts without a token. `kurtosis`
+        and `inactive` are means over an expert's tokens; NaN for an expert without any.
         """
         assert self.shape[0], "observe a model before compute()"
         tokens, entropy, wanted = self.routed.unbind(1)
@@ -131,6 +139,8 @@ class RouterTelemetry(Probe):
         by_layer = {
             "imbalance": imbalance,
             "entropy": entropy / tokens,
+            "active": used / tokens,
+            "largest_score": self.largest,
             "dropped": 1.0 - used / wanted,
             "dead": (self.load == 0).double().sum(1),
         }

@@ -177,6 +177,17 @@ def test_the_bias_moves_towards_starved_experts_and_never_enters_the_weights() -
     assert torch.equal(expert_counts(routing.experts, None, 5), even)
 
 
+def test_the_biass_rate_falls_to_nothing_at_the_end_of_the_run() -> None:
+    router = layer(router={"name": "topk", "bias_rate": 0.01, "bias_fall": 0.2}).router
+    uneven, moved = torch.tensor([4, 0, 0, 0, 0]), []
+    for step in (0, 79, 80, 90, 95, 99):
+        router.before_step(step, 100)
+        before = router.bias.clone()
+        router.after_step(lambda _: None, uneven)
+        moved.append(float((router.bias - before)[1]))
+    assert moved == pytest.approx([0.01, 0.01, 0.01, 0.005, 0.0025, 0.0005], rel=1e-4)  # float32 buffers
+
+
 def test_rows_added_to_bfloat16_products_add_nothing() -> None:
     """Against float64 on the same rounded weights; a leaked row would be as large as a token's own. Loads are no multiples of 16."""
     x, upstream = states(3, 21).bfloat16(), states(3, 21).flip(0)

@@ -47,6 +47,10 @@ def test_it_is_what_one_counts_by_hand() -> None:
         assert found[f"router/load/layer{index}"] == pytest.approx(share.tolist())
         assert found["router/imbalance/by_layer"][index] == pytest.approx(float(share.max()) * EXPERTS)
         assert found["router/entropy/by_layer"][index] == pytest.approx(float(-(p * p.log()).sum(-1).mean()))
+        assert found["router/active/by_layer"][index] == ACTIVE
+        assert found["router/largest_score/by_layer"][index] == pytest.approx(
+            float((x @ moe.router.weight.T).abs().max())
+        )
         assert found["router/dead/by_layer"][index] == float((share == 0).sum())
         for expert in range(EXPERTS):
             rows = x[(chosen == expert).any(-1)]
