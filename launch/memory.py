@@ -24,6 +24,8 @@ from training.optim.routing import Route
 FLOAT = 4
 STATES = {"muon": 1, "adamw": 2}
 """Optimizer states per element by algorithm; 2 where it is not known."""
+ONEDNN_CODE = 570_000
+"""Bytes that a process grows by for each new size of a bfloat16 product, measured with torch 2.13 (oneDNN 3) on AVX-512."""
 
 
 @dataclass(frozen=True)
@@ -81,20 +83,23 @@ def mixtures(model: MesokurtForCausalLM) -> list[MoE]:
     return [module for module in model.modules() if isinstance(module, MoE)]
 
 
-def _moe_bytes(moe: MoE, width: int, value: int, fused: bool) -> float:
+def _moe_bytes(moe: MoE, width: int, value: int, fused: bool, spread: bool) -> float:
     """What a mixture keeps per token for the backward pass, `value` bytes each in the experts' arithmetic.
 
     A token is in k experts. There, one expert at a time (`fused`, on the CPU) keeps what comes before the activation and the gated half;
-    grouped products keep all 4 F, the sorted tokens, the outputs, and these in float32 times their weights. The router has the token and
-    its scores in float32.
+    grouped products keep all 4 F, the sorted tokens, the outputs, and these in float32 times their weights. Of experts that are `spread`,
+    the owner keeps the tokens that arrived, and the sender weighs the outputs in float32. The router has the token and its scores in
+    float32.
     """
     hidden = moe.experts.up_proj.shape[1]
     halves = 1 if moe.experts.gate_proj is None else 2
     place = halves * hidden * value if fused else (2 * halves * hidden + 2 * width) * value + width * FLOAT
+    if spread:
+        place += width * (FLOAT + (value if fused else 0))
     return moe.most_places * place + 4 * moe.shared_width * value + (width + 4 * moe.count) * FLOAT
 
 
-def activation_bytes(config: RunConfig, model: MesokurtForCausalLM, sequence: int, fused: bool) -> int:
+def activation_bytes(config: RunConfig, model: MesokurtForCausalLM, sequence: int, fused: bool, spread: bool) -> int:
     """What one micro-batch keeps for the backward pass.
 
     Per token and layer 12 D + 4 F values in the arithmetic's width (recomputed: D, and one layer's whole set), and three float32 values per
@@ -104,7 +109,7 @@ def activation_bytes(config: RunConfig, model: MesokurtForCausalLM, sequence: in
     m, t = config.model, config.train
     value = 2 if t.dtype == "bf16" else FLOAT
     moe = mixtures(model)
-    ffn = [_moe_bytes(layer, m.width, value, fused) for layer in moe]
+    ffn = [_moe_bytes(layer, m.width, value, fused, spread) for layer in moe]
     ffn += [4.0 * m.resolved_ffn_width * value] * (m.layers - len(moe))
     attention = 12 * m.width * value
     layers = m.layers * attention + sum(ffn)
@@ -126,6 +131,16 @@ def cast_bytes(
     if config.train.activation_checkpointing and experts:
         of_experts //= len(mixtures(model))
     return 2 * ((elements(shared) if stage < 3 else 0) + of_experts)
+
+
+def code_bytes(config: RunConfig, model: MesokurtForCausalLM) -> int:
+    """What oneDNN keeps of code for the experts' bfloat16 products on the CPU, one piece for every product and number of rows.
+
+    Forward and backward of an expert are seven products, and loads are taken to lie within two octaves of 16 sizes (see
+    `modeling.experts_fused`). Layers of one shape share the code.
+    """
+    shapes = {moe.experts.up_proj.shape[1:] for moe in mixtures(model)}
+    return len(shapes) * 7 * 2 * 16 * ONEDNN_CODE if config.train.dtype == "bf16" else 0
 
 
 def optimizer_work_bytes(routes: list[Route], ranks: int, sharded: bool) -> int:
@@ -173,12 +188,12 @@ def predict(config: RunConfig, model: MesokurtForCausalLM, routes: list[Route], 
         optimizer += 2 * shard
     if config.checkpoint.overlap and config.checkpoint.every is not None:
         host += FLOAT * (elements(routes) + state_elements(routes))  # rank 0's copy, from which checkpoints are written
-    activations = activation_bytes(config, model, p.sequence if ranks > 1 else 1, machine.on_host)
+    activations = activation_bytes(config, model, p.sequence if ranks > 1 else 1, machine.on_host, spread > 1)
     work = optimizer_work_bytes(zero, ranks, sharded=stage > 0)
     if owned:  # their owner updates them by itself; their gradients are summed in one packed copy
         work = max(work, optimizer_work_bytes(owned, 1, sharded=False), FLOAT * own if ranks > spread else 0)
     return Memory(
-        base=machine.base,
+        base=machine.base + (code_bytes(config, model) if machine.on_host else 0),
         building=building,
         parameters=FLOAT * (parameters + own),
         gradients=FLOAT * (gradients + own),

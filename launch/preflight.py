@@ -115,7 +115,9 @@ def inspect_config(config: RunConfig, ranks: int) -> Size:
         per_step,
         ranks,
         _stage_bytes(shared, owned, ranks),
-        memory.activation_bytes(config, model, config.parallel.sequence if ranks > 1 else 1, fused=False),
+        memory.activation_bytes(
+            config, model, config.parallel.sequence if ranks > 1 else 1, fused=False, spread=spread > 1
+        ),
         notes,
     )
 

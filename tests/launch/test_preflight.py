@@ -10,7 +10,7 @@ from configs.errors import UserError
 from configs.loading import load_config
 from launch.cli import main
 from launch.machines import GPUS
-from launch.memory import predict
+from launch.memory import activation_bytes, predict
 from launch.preflight import forecast, inspect_config, network, refuse_if_too_large
 from launch.step_time import communicated_bytes
 
@@ -84,6 +84,20 @@ def test_activations_are_those_of_the_experts_that_a_token_visits() -> None:
     assert kept(router={"name": "dense_to_sparse"}) - kept() == 6 * visit  # its dense phase visits all
     assert kept() - kept(capacity_factor=0.5) == visit
     assert kept(shared_experts=1) - kept() == tokens * layers * 4 * 256 * 2
+
+
+def test_experts_of_other_ranks_keep_what_arrives_and_what_is_weighted() -> None:
+    config = load_config("moe-quickstart")
+    model, _ = network(config)
+    grouped, fused = (
+        activation_bytes(config, model, 1, way, spread=True) - activation_bytes(config, model, 1, way, spread=False)
+        for way in (False, True)
+    )
+    tokens, layers, width, active = 8 * 256, 4, 192, 2
+    assert grouped == tokens * layers * active * width * 4  # outputs in float32
+    assert (
+        fused - grouped == tokens * layers * active * width * 2
+    )  # the owner's tokens in bfloat16, which grouped products sort anyway
 
 
 def test_what_does_not_fit_is_refused_with_a_remedy_that_fits() -> None:
