@@ -98,8 +98,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, width))
         self.register_buffer("bias", torch.zeros(experts))
         self.over_global_batch = bool(balance) and balance_over == "global_batch"
-        if self.over_global_batch:
-            self.register_buffer("share", torch.full((experts,), 1.0 / experts))
+        self.register_buffer("share", torch.full((experts,), 1.0 / experts))
         self.collects = ("router/counts",) if bias_rate or self.over_global_batch else ()
 
     def initial_fill_(self, leaf: str, parameter: Tensor, generator: torch.Generator) -> None:
@@ -143,8 +142,7 @@ class Router(nn.Module):
             return
         load = counts.double()
         self.bias += self.rate * torch.sign(load.mean() - load).to(self.bias.dtype)
-        if self.over_global_batch:
-            self.share.copy_(load / load.sum())
+        self.share.copy_(load / load.sum())
 
 
 class TopK(Router):

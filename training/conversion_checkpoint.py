@@ -75,7 +75,7 @@ def router_states(routers: dict[str, Tensor], states: dict[str, Tensor]) -> dict
     steps = [value for name, value in states.items() if name.startswith("step/")]
     found: dict[str, Tensor] = {}
     for name, weight in routers.items():
-        if steps and not name.endswith((".bias", ".tau", ".hard")):
+        if steps and not name.endswith((".bias", ".share", ".tau", ".hard")):
             found |= {f"{key}/{name}": torch.zeros_like(weight) for key in ROUTER_STATES}
             found[f"step/{name}"] = steps[0].clone()
     return found
