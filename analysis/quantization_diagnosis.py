@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from analysis.probes.kurtosis import excess_kurtosis, peak_to_rms
 from analysis.report_svg import figure_style
+from configs.errors import UserError
 from quant.bits import FULL, Bits
 from quant.calibration import observing
 from quant.fake_activations import quantized_activations
@@ -133,19 +134,23 @@ def diagnose(
 ) -> Diagnosis:
     """Round one place of `model` at a time, to nearest, and measure rows `[N, T + 1]` of token ids each time.
 
-    Rotations of the method are in place meanwhile, so that its gain shows; GPTQ is not. Places with 16 bits are left out.
-    Costs one pass over the rows per place: some sixteen per layer. Raises UserError as `methods.quantized` does.
+    The method's rotations for these bits are in place meanwhile, so that its gain shows; GPTQ is not. Places with 16 bits
+    are left out. Costs one pass over the rows per place: some sixteen per layer. Raises UserError as `methods.quantized`
+    does, and where nothing is to be rounded.
     """
+    if bits.is_full:
+        raise UserError(
+            "at 16-16-16 nothing is rounded, so there is no loss to explain: lower some --bits", exit_code=2
+        )
     sites, head_dim = find_sites(model, roles), head_dim_of(model)
     batch = torch.as_tensor(rows[:batch_size]).to(model.device, torch.long)
-    states_only = Bits(FULL, bits.activations, bits.kv)
 
     def loss(within: AbstractContextManager[Any]) -> float:
         with within:
             return perplexity_of_rows(model, rows, batch_size).nats_per_token
 
     places: list[Place] = []
-    with prepared_weights(model, method, states_only, calibration, options, roles) as prepared:
+    with prepared_weights(model, method, bits, calibration, options, roles, rotate_only=True) as prepared:
         with rounded_states(model, Bits(FULL, FULL, FULL), prepared.hadamard, roles):
             seen = _states(model, sites, batch)
             base = perplexity_of_rows(model, rows, batch_size).nats_per_token
@@ -197,9 +202,9 @@ def format_diagnosis(diagnosis: Diagnosis, most: int = 12) -> str:
         f"{'layer':<7}{'site':<28}{'what':<13}{'kurtosis':>10}{'max/rms':>9}{'SNR dB':>8}{'added loss':>12}",
     ]
     for p in sorted(diagnosis.places, key=lambda place: -place.added_loss)[:most]:
-        lines.append(
-            f"{p.layer:<7}{p.site:<28}{p.kind:<13}{p.kurtosis:>10.3g}{p.peak_to_rms:>9.3g}{p.snr_db:>8.1f}{p.added_loss:>12.5f}"
-        )
+        added = round(p.added_loss, 5) + 0.0  # no minus before zeros
+        figures = f"{p.kurtosis:>10.3g}{p.peak_to_rms:>9.3g}{p.snr_db:>8.1f}{added:>12.5f}"
+        lines.append(f"{p.layer:<7}{p.site:<28}{p.kind:<13}{figures}")
     return "\n".join(lines)
 
 

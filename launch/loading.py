@@ -78,7 +78,8 @@ def load_model(checkpoint: str) -> tuple[PreTrainedModel, str]:
     try:
         return load_whole(where), where
     except ValueError as error:
-        raise UserError(f"{checkpoint}: no model can be loaded ({error})") from None
+        missing = "" if Path(checkpoint).exists() else "no such folder here, and from the Hub "
+        raise UserError(f"{checkpoint}: {missing}no model can be loaded ({error})") from None
 
 
 def stock_form(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:

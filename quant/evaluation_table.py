@@ -62,15 +62,22 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """Each note once, with the tasks' own."""
-    found: dict[str, None] = {}
+    """Each note once, behind the settings and methods that it is about; then the tasks' own."""
+    about: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         if row.note:
-            found[f"{row.bits} {row.method}: {row.note}"] = None
-        for name, score in row.tasks.items():
-            if score.note:
-                found[f"{name}: {score.note}"] = None
-    return list(found)
+            about.setdefault(row.note, {}).setdefault(row.method, []).append(str(row.bits))
+    lines = [f"{_settings_and_methods(methods)}: {note}" for note, methods in about.items()]
+    own = (f"{name}: {score.note}" for row in rows for name, score in row.tasks.items() if score.note)
+    return [*lines, *dict.fromkeys(own)]
+
+
+def _settings_and_methods(settings: Mapping[str, Sequence[str]]) -> str:
+    """`4-4-4, 4-8-8 rtn, gptq; 4-4-4 quarot`, of each method's settings."""
+    methods: dict[tuple[str, ...], list[str]] = {}
+    for method, some in settings.items():
+        methods.setdefault(tuple(some), []).append(method)
+    return "; ".join(f"{', '.join(some)} {', '.join(names)}" for some, names in methods.items())
 
 
 def format_table(rows: Sequence[Row]) -> str:

@@ -165,14 +165,15 @@ def prepare_weights(
     roles: Mapping[str, Role] = ROLES,
     keep_codes: bool = False,
     reuse: bool = True,
+    rotate_only: bool = False,
 ) -> Prepared:
     """Exchange the weights of `model` for rotated and rounded ones, in place; 16-bit weights are rotated only.
 
     `rows` `[N, T]` are token ids for the methods that calibrate. With `keep_codes` the result holds every layer's integers.
-    With `reuse` rounded weights overwrite the old ones, unless another module of the model has one of them too. Mixtures of
-    experts must be unpacked (`experts.unpacked_experts`). Raises UserError for unknown methods, missing rows, architectures
-    that the method cannot serve and weights that cannot be rounded; the model's weights are then partly exchanged
-    (`prepared_weights` restores them).
+    With `reuse` rounded weights overwrite the old ones, unless another module of the model has one of them too; with
+    `rotate_only` they are rotated as for these bits and stay in 16 bits. Mixtures of experts must be unpacked
+    (`experts.unpacked_experts`). Raises UserError for unknown methods, missing rows, architectures that the method cannot
+    serve and weights that cannot be rounded; the model's weights are then partly exchanged (`prepared_weights` restores them).
     """
     chosen = method_of(method)
     sites, head_dim = find_sites(model, roles), head_dim_of(model)
@@ -186,6 +187,8 @@ def prepare_weights(
     rounding, notes = options.rounding(bits.weights), []
     if chosen.gptq and not isinstance(rounding, WeightRule):
         raise UserError(f"{method} rounds to integers, not to {options.format}: use a method without GPTQ", exit_code=2)
+    if rotate_only:
+        return Prepared(method, chosen.hadamard, objective=objective)
     if bits.weights != FULL and chosen.gptq:
         with quantized_activations(sites, FULL, head_dim, chosen.hadamard):
             rule, batch_size = options.rule(bits.weights), options.batch_size
@@ -203,10 +206,11 @@ def prepared_weights(
     rows: Rows | None = None,
     options: Options = Options(),
     roles: Mapping[str, Role] = ROLES,
+    rotate_only: bool = False,
 ) -> Iterator[Prepared]:
     """`prepare_weights`, undone afterwards; activations and KV cache are left to the caller (`rounded_states`)."""
     with restoring_parameters(model):
-        yield prepare_weights(model, method, bits, rows, options, roles, reuse=False)
+        yield prepare_weights(model, method, bits, rows, options, roles, reuse=False, rotate_only=rotate_only)
 
 
 @contextmanager

@@ -105,10 +105,13 @@ def find_sites(model: nn.Module, roles: Mapping[str, Role] = ROLES) -> list[Site
         else:
             sites.append(Site(name, module, role))
     if unknown or not sites:
-        what = f"no role is known for {unknown[0]}" if unknown else "no blocks named layers.N with known linear layers"
+        what = "it has no blocks named layers.N with known linear layers"
+        if unknown:
+            what = f"no role is known for {unknown[0]} ({len(unknown)} unknown in all)"
+        known = dict.fromkeys(end.rpartition(".")[2] for end, role in roles.items() if role is not Role.KEEP)
         raise UserError(
-            f"{type(model).__name__} cannot be fake-quantized: {what} ({len(unknown)} unknown in all); "
-            f"known names end in {', '.join(roles)}; pass roles= with the missing ones"
+            f"{type(model).__name__} cannot be fake-quantized: {what}; known are {', '.join(known)} "
+            "(from Python, roles= takes more)"
         )
     return sites
 

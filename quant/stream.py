@@ -119,8 +119,8 @@ def _values(model: PreTrainedModel, sites: Sequence[Site], block: str) -> tuple[
     inside = {inner_name(site.name): site.module for site in sites if block_of(site.name) == block}
     if not {"self_attn.v_proj", "self_attn.o_proj"} <= inside.keys():
         raise UserError(
-            f"{type(model).__name__}: {block} has no v_proj and o_proj of its own (fused?), so rotations of the value heads (R2) "
-            "cannot be merged; use rtn, gptq or their +hadamard forms"
+            f"{type(model).__name__}: {block} has no v_proj and o_proj of its own (one layer for query, key and value?), so "
+            "rotations of the value heads (R2) cannot be merged; use rtn, gptq or their +hadamard forms"
         )
     return inside["self_attn.v_proj"], inside["self_attn.o_proj"]
 
@@ -130,8 +130,8 @@ def residual_stream(model: PreTrainedModel, sites: Sequence[Site]) -> Stream:
     base, head = model.base_model, model.get_output_embeddings()
     table, final = model.get_input_embeddings(), getattr(base, "norm", None)
     blocks = list(dict.fromkeys(block_of(site.name) for site in sites))
-    norms = [norm for block in blocks for norm in _block_norms(model, sites, block)]
     values = tuple(_values(model, sites, block) for block in blocks)
+    norms = [norm for block in blocks for norm in _block_norms(model, sites, block)]
     if not isinstance(final, nn.Module) or not isinstance(head, nn.Module) or not isinstance(table, nn.Module):
         raise UserError(f"{type(model).__name__} has no final norm, embedding and head where a decoder has them")
     writers: list[nn.Module] = [s.module for s in sites if s.role in (Role.HEADS_IN, Role.FFN_OUT)]

@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 
 from analysis.quantization_diagnosis import Diagnosis, Place, diagnose, format_diagnosis, plot_diagnosis
+from configs.errors import UserError
 from quant.bits import Bits
 from quant.fake_quant import fake_quantized
 from quant.fake_weights import quantized_weights
+from quant.learned_rotations import LearningSettings
+from quant.methods import Options, quantized
 from quant.perplexity import perplexity_of_rows
 from quant.roles import find_sites
-from tests.quant.trained import held_out_rows, trained_llama
+from tests.quant.trained import calibration_rows, held_out_rows, trained_llama
 
 pytestmark = pytest.mark.xdist_group("trained_llama")  # which takes seconds per process
 
@@ -82,6 +85,19 @@ def test_rotations_of_the_method_show_their_gain() -> None:
     assert {p.kind for p in after.places} == {"activations"}
     assert place(after, 1, "mlp.up_proj", "activations").kurtosis < 2
     assert after.loss == pytest.approx(diagnose(planted(), ROWS, Bits(16, 4, 16)).loss, rel=1e-5)
+
+
+def test_learned_rotations_are_those_of_the_method_at_these_bits() -> None:
+    model, bits, rows = trained_llama(), Bits(4, 4, 4), calibration_rows(8)
+    options = Options(learning=LearningSettings(steps=4))
+    after = diagnose(model, ROWS, bits, "spinquant+rtn", rows, options)
+    with quantized(model, "spinquant+rtn", bits, rows, options):
+        assert after.loss_rounded == perplexity_of_rows(model, ROWS).nats_per_token
+
+
+def test_nothing_to_round_is_nothing_to_explain() -> None:
+    with pytest.raises(UserError, match="at 16-16-16 nothing is rounded"):
+        diagnose(trained_llama(), ROWS, Bits(16, 16, 16))
 
 
 def test_the_model_is_as_before() -> None:

@@ -172,6 +172,16 @@ def test_arc_is_the_mean_of_its_halves_and_errors_add_as_independent_ones_do() -
     assert math.isclose(0.5 * math.sqrt(0.025**2 + 0.01**2), 0.0135, rel_tol=0.01)
 
 
+def test_a_reason_that_many_rows_share_is_one_line() -> None:
+    reasons = {"quarot": "skipped: a", "spinquant": "skipped: a", "rtn+hadamard": "skipped: b"}
+    rows = [Row(bits, method, note=note) for bits in SETTINGS[1:] for method, note in reasons.items()]
+    few = [*rows, Row(Bits(4, 8, 8), "rtn+hadamard", note="skipped: a")]
+    assert format_table(few).splitlines()[-2:] == [
+        "4-4-4 quarot, spinquant; 4-8-8 rtn+hadamard: skipped: a",
+        "4-4-4 rtn+hadamard: skipped: b",
+    ]
+
+
 def test_the_model_cards_table_has_the_same_cells() -> None:
     rows = [
         Row(Bits(16, 16, 16), "rtn", 1.0, math.e, 1.0, 0.5),

@@ -127,7 +127,7 @@ def test_gradients_of_the_model_still_flow_after_a_fake_quantized_forward() -> N
 def test_an_unknown_architecture_is_refused_by_name() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=11))
     with (
-        pytest.raises(UserError, match="GPT2LMHeadModel cannot be fake-quantized: no blocks"),
+        pytest.raises(UserError, match="GPT2LMHeadModel cannot be fake-quantized: it has no blocks"),
         fake_quantized(model, FOUR),
     ):
         pass

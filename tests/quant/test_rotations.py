@@ -185,7 +185,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     ),
     "fused": (
         lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)),
-        r"GPTNeoXForCausalLM is no pre-norm decoder \(gpt_neox.layers.0 lacks self_attn\)",
+        r"GPTNeoXForCausalLM: gpt_neox.layers.0 has no v_proj and o_proj of its own",
     ),
     "width": (
         lambda: tiny_llama(hidden_size=68, head_dim=16),
