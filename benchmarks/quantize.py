@@ -102,6 +102,7 @@ def measure_part(part: str, folder: Path) -> dict[str, float]:
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     clock, processor = time.perf_counter(), time.process_time()
     (_ours if whose == "ours" else _theirs)(model, method)
+    quantizing = time.process_time() - processor
     loss = perplexity_of_rows(model, fresh, batch_size=4).nats_per_token
     seconds, busy = time.perf_counter() - clock, time.process_time() - processor
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -110,6 +111,7 @@ def measure_part(part: str, folder: Path) -> dict[str, float]:
     return {
         "seconds": seconds,
         "processor_seconds": busy,
+        "of_them_quantizing": quantizing,
         "peak_mib": peak / 1024,
         "loaded_mib": loaded / 1024,
         "loss": loss,

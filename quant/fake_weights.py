@@ -74,9 +74,13 @@ def round_weights(
     if rule.bits == FULL:
         return
     for together in _by_weight(sites):
-        quantized = rule.quantize(_wide(together[0].module.weight))
+        weight = _wide(together[0].module.weight)
+        if codes is None:
+            _exchange_all(together, rule.fake(weight), reuse)
+            continue
+        quantized = rule.quantize(weight)
         _exchange_all(together, quantized.dequantize(), reuse)
-        if codes is not None and isinstance(quantized, Quantized):
+        if isinstance(quantized, Quantized):
             codes |= dict.fromkeys((site.name for site in together), quantized)
 
 

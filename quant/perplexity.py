@@ -45,8 +45,9 @@ def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
 def _window_losses(model: PreTrainedModel, rows: Tensor) -> Tensor:
     """Mean loss in nats `[B]` of rows `[B, T + 1]`: T inputs, T targets, softmax in float32."""
     inputs, targets = rows[:, :-1], rows[:, 1:]
-    logits = model(input_ids=inputs, use_cache=False).logits.float()
-    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(-1)
+    logits = model(input_ids=inputs, use_cache=False).logits
+    # A row at a time: the softmax of a whole batch would be as large as its logits.
+    return torch.stack([F.cross_entropy(row.float(), target) for row, target in zip(logits, targets, strict=True)])
 
 
 def perplexity_of_rows(model: PreTrainedModel, rows: Rows, batch_size: int = 8) -> Perplexity:

@@ -11,8 +11,8 @@ from quant.integers import Grid, Quantized, asymmetric_grid, in_groups, symmetri
 
 NUM_SHRINKS = 80
 ERROR_EXPONENT = 2.4
-# Rows are searched in blocks of at most this many weights (a few float32 copies of 16 MiB each).
-BLOCK_WEIGHTS = 2**22
+# Rows are worked on in blocks of at most this many weights: the clip search goes over them 80 times, on a CPU in its cache.
+BLOCK_WEIGHTS, BLOCK_WEIGHTS_CPU = 2**22, 2**18
 
 
 def shrink_factor(index: int) -> float:
@@ -56,8 +56,23 @@ class WeightRule:
     def quantize(self, weight: Tensor) -> Quantized:
         """Codes of `[out, in]`, rounded to nearest; raises UserError when groups do not divide the inputs."""
         parts = []
-        for rows in weight.split(max(1, BLOCK_WEIGHTS // max(1, weight.shape[1]))):
+        for rows in weight.split(_rows_at_a_time(weight)):
             w_groups = in_groups(rows, self.group)
             parts.append(self.grid(w_groups).quantize(w_groups, rows.shape))
         joined = [torch.cat([getattr(part, field) for part in parts]) for field in ("codes", "scale", "zero")]
         return Quantized(joined[0], joined[1], joined[2], weight.shape)
+
+    def fake(self, weight: Tensor) -> Tensor:
+        """`[out, in]` seen through these integers, float32: what `quantize` stands for, without the codes' memory."""
+        seen = torch.empty_like(weight, dtype=torch.float32)
+        size = _rows_at_a_time(weight)
+        for rows, target in zip(weight.split(size), seen.split(size), strict=True):
+            w_groups = in_groups(rows, self.group)
+            grid = self.grid(w_groups)
+            target.copy_(grid.codes(w_groups).sub_(grid.zero).mul_(grid.scale).view(rows.shape))
+        return seen
+
+
+def _rows_at_a_time(weight: Tensor) -> int:
+    most = BLOCK_WEIGHTS_CPU if weight.device.type == "cpu" else BLOCK_WEIGHTS
+    return max(1, most // max(1, weight.shape[1]))

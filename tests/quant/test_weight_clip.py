@@ -39,10 +39,13 @@ def test_search_equals_trying_each_ratio_on_each_row(bits: int, shape: tuple[int
 def test_search_in_small_blocks_equals_search_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = heavy_tailed(37, 64)
     whole = WeightRule(4).quantize(weight)
-    monkeypatch.setattr(weight_clip, "BLOCK_WEIGHTS", 200)
+    monkeypatch.setattr(weight_clip, "BLOCK_WEIGHTS_CPU", 200)
     pieces = WeightRule(4).quantize(weight)
     assert torch.equal(pieces.codes, whole.codes)
     assert torch.equal(pieces.scale, whole.scale)
+    assert torch.equal(WeightRule(4).fake(weight), whole.dequantize())
+    lopsided = WeightRule(3, symmetric=False, group=16)
+    assert torch.equal(lopsided.fake(weight), lopsided.quantize(weight).dequantize())
 
 
 def test_clipping_never_costs_and_pays_on_heavy_tails() -> None:
