@@ -18,7 +18,9 @@ from modeling.decoder import MesokurtForCausalLM
 from modeling.folders import resolve
 from modeling.hooks import KINDS
 from modeling.to_stock import to_stock
+from quant.dequantized import dequantized
 from quant.evaluation import Text
+from quant.quiet_bars import bars_on_terminals_only
 
 
 def refuse_outside_hooks(folder: Path) -> None:
@@ -62,8 +64,10 @@ def _named_by_run(folder: Path, name: str) -> bool:
 def load_model(checkpoint: str) -> tuple[PreTrainedModel, str]:
     """The model in evaluation mode, and the folder or Hub name that it came from. Never runs code from the checkpoint.
 
+    What is stored in few bits is unpacked: it holds the values that its codes stand for.
+
     Raises:
-        UserError: nothing loadable there.
+        UserError: nothing loadable there, or weights packed in a way that is not known.
     """
     where = checkpoint
     if Path(checkpoint).exists():
@@ -76,10 +80,12 @@ def load_model(checkpoint: str) -> tuple[PreTrainedModel, str]:
     elif checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") > 1:
         raise UserError(f"{checkpoint}: no such folder")
     try:
-        return load_whole(where), where
+        with bars_on_terminals_only():
+            model = load_whole(where)
     except ValueError as error:
         missing = "" if Path(checkpoint).exists() else "no such folder here, and from the Hub "
         raise UserError(f"{checkpoint}: {missing}no model can be loaded ({error})") from None
+    return dequantized(model), where
 
 
 def stock_form(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from configs.errors import UserError
 
 Key = dict[str, Any]
-_PACKAGES = ("torch", "transformers", "lm_eval")
+_PACKAGES = ("mesokurt", "torch", "transformers", "lm_eval")
 # Where a model lies and what wrote it do not change what it computes.
 _UNIMPORTANT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 
