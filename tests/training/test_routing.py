@@ -89,6 +89,15 @@ def test_biases_and_gains_are_not_decayed_and_matrices_are() -> None:
     assert decayed == {"0.weight": True, "0.bias": False, "1.weight": False, "1.bias": False}
 
 
+@pytest.mark.parametrize("activation", ["crrelu", "jumprelu", "delta"])
+def test_what_an_activation_learns_is_not_decayed(activation: str) -> None:
+    model = small_model(activation=activation, num_hidden_layers=1)
+    learned = {f"model.layers.0.mlp.act_fn.{name}" for name, _ in model.model.layers[0].mlp.act_fn.named_parameters()}
+    decayed = {r.name: r.decayed for r in route(model, MUON) if r.name in learned}
+    assert decayed == dict.fromkeys(learned, False)
+    assert learned
+
+
 class Stacked(nn.Module):
     """Experts in one tensor, undeclared."""
 
