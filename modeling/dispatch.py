@@ -35,10 +35,11 @@ def plan(experts: Tensor, kept: Tensor | None, count: int) -> Plan:
     counts = torch.zeros(count + 1, dtype=torch.int64, device=flat.device)
     counts = counts.scatter_add_(0, flat, torch.ones_like(flat))[:count]
     order = flat.argsort(stable=True)
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=flat.device))
     if kept is None:
         starts = torch.arange(0, tokens * slots, slots, device=flat.device)
     else:
-        order = order[: int(counts.sum())]
+        order, places = order[: int(counts.sum())], places[kept.flatten()]
         used = kept.sum(1)
         starts = used.cumsum(0) - used
-    return Plan(order, order.div(slots, rounding_mode="floor"), counts, order.argsort(stable=True), starts)
+    return Plan(order, order.div(slots, rounding_mode="floor"), counts, places, starts)

@@ -44,20 +44,25 @@ def rounded(count: int, dtype: torch.dtype) -> int:
 
 
 class Group(NamedTuple):
-    """An expert that has tokens: `load` sorted places, of which `places` has some more (see `rounded`)."""
+    """An expert that has tokens: `load` sorted places from `start`, of which `size` are computed (see `rounded`)."""
 
     expert: int
     load: int
-    places: slice
+    start: int
+    size: int
+
+    def of(self, values: Tensor) -> Tensor:
+        """Its part of what is kept per place. Places beyond its own are the next expert's, which writes there later."""
+        return values.narrow(0, self.start, self.size)
 
 
 def groups(plan: Plan, dtype: torch.dtype) -> list[Group]:
-    """Every expert that has tokens, in order. The places beyond an expert's own are the next one's, which writes there later."""
+    """Every expert that has tokens, in order."""
     found, start = [], 0
-    for expert, count in enumerate(plan.counts.tolist()):
-        if count:
-            found.append(Group(expert, count, slice(start, start + rounded(count, dtype))))
-        start += count
+    for expert, load in enumerate(plan.counts.tolist()):
+        if load:
+            found.append(Group(expert, load, start, rounded(load, dtype)))
+        start += load
     return found
 
 
@@ -76,16 +81,17 @@ class FusedExperts(torch.autograd.Function):
         """Tokens `[N, D]`, a weight per place `[S]`, stacks `[E, F, D]` and `[E, D, F]` -> `[N, D]`."""
         parts = groups(plan, x.dtype)
         rows = padded(plan.rows, x.dtype)
-        places, width = len(rows), up.shape[1]
-        first = x.new_empty(places, width)
-        second = x.new_empty(places, width) if gate is not None else None
-        outputs = x.new_empty(places, x.shape[1])
-        for e, _, part in parts:
-            tokens = x.index_select(0, rows[part])
-            hidden = act(torch.mm(tokens, (up if gate is None else gate)[e].t(), out=first[part]))
+        first = x.new_empty(len(rows), up.shape[1])
+        second = torch.empty_like(first) if gate is not None else None
+        outputs = x.new_empty(len(rows), x.shape[1])
+        into, into_second, back = ((up if m is None else m).mT.unbind() for m in (gate, up, down))
+        for part in parts:
+            e = part.expert
+            tokens = x.index_select(0, part.of(rows))
+            hidden = act(torch.mm(tokens, into[e], out=part.of(first)))
             if second is not None:
-                hidden = hidden * torch.mm(tokens, up[e].t(), out=second[part])
-            torch.mm(hidden, down[e].t(), out=outputs[part])
+                hidden = hidden * torch.mm(tokens, into_second[e], out=part.of(second))
+            torch.mm(hidden, back[e], out=part.of(outputs))
         ctx.save_for_backward(x, weights, gate, up, down, first, second)
         ctx.plan, ctx.act, ctx.parts = plan, act, parts
         return gathered_sum(outputs, plan, weights)
@@ -95,7 +101,7 @@ class FusedExperts(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         """Gradients of tokens, weights and stacks; the activation is recomputed per expert."""
         x, weights, gate, up, down, first, second = ctx.saved_tensors
-        plan, parts, dy, inner = ctx.plan, ctx.parts, dy.contiguous(), up if gate is None else gate
+        plan, dy, inner = ctx.plan, dy.contiguous(), up if gate is None else gate
         rows = padded(plan.rows, x.dtype)
         d_inner, d_down = torch.empty_like(inner), torch.empty_like(down)
         d_up = None if second is None else torch.empty_like(up)
@@ -106,29 +112,31 @@ class FusedExperts(torch.autograd.Function):
         d_weights, d_tokens = torch.empty_like(weights), x.new_empty(len(rows), x.shape[1])
         # Weighting the upstream rows weights all that follows; the weights' own gradient divides it out again, so none may be 0.
         scale = torch.where(weights.abs() < TINY, TINY, weights)
-        factors = padded(scale.to(dy.dtype), dy.dtype)
-        for e, load, part in parts:
-            tokens = x.index_select(0, rows[part])
-            d_output = dy.index_select(0, rows[part]).mul_(factors[part][:, None])
-            d_output[load:] = 0.0  # places that are not this expert's
+        factors = padded(scale.to(dy.dtype), dy.dtype)[:, None]
+        for part in ctx.parts:
+            e = part.expert
+            tokens = x.index_select(0, part.of(rows))
+            d_output = dy.index_select(0, part.of(rows)).mul_(part.of(factors))
+            d_output[part.load :] = 0.0  # places that are not this expert's
             with torch.enable_grad():
-                leaf = first[part].detach().requires_grad_()
+                leaf = part.of(first).detach().requires_grad_()
                 activated = ctx.act(leaf)
-            hidden = activated.detach() if second is None else activated.detach() * second[part]
+            value = activated.detach()
+            hidden = value if second is None else value * part.of(second)
             torch.mm(d_output.t(), hidden, out=d_down[e])
             d_hidden = d_output @ down[e]
-            own = slice(part.start, part.start + load)
-            d_weights[own] = (hidden * d_hidden)[:load].sum(-1, dtype=weights.dtype).div_(scale[own])
-            d_activated = d_hidden if second is None else d_hidden * second[part]
+            own = d_weights.narrow(0, part.start, part.load)
+            torch.sum((hidden * d_hidden)[: part.load], -1, dtype=own.dtype, out=own)
+            d_activated = d_hidden if second is None else d_hidden * part.of(second)
             (d_first,) = torch.autograd.grad(activated, leaf, d_activated)
             torch.mm(d_first.t(), tokens, out=d_inner[e])
-            torch.mm(d_first, inner[e], out=d_tokens[part])
+            torch.mm(d_first, inner[e], out=part.of(d_tokens))
             if d_up is not None:
-                d_second = d_hidden.mul_(activated.detach())
+                d_second = d_hidden.mul_(value)
                 torch.mm(d_second.t(), tokens, out=d_up[e])
-                d_tokens[part].addmm_(d_second, up[e])
+                part.of(d_tokens).addmm_(d_second, up[e])
         gradients = (None, d_inner) if gate is None else (d_inner, d_up)
-        return gathered_sum(d_tokens, plan), d_weights, *gradients, d_down, None, None
+        return gathered_sum(d_tokens, plan), d_weights.div_(scale), *gradients, d_down, None, None
 
 
 @torch.compiler.disable
