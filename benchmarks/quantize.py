@@ -31,7 +31,7 @@ from benchmarks.figures import print_and_keep
 from training.run_directory import environment
 
 PARTS = ("ours rtn", "theirs rtn", "ours gptq", "theirs gptq")
-GROUP, ROWS, TOKENS, ROUNDS = 128, 8, 256, 2
+GROUP, ROWS, TOKENS, ROUNDS = 128, 8, 256, 3
 
 
 def rows_of_bytes(first: int) -> Tensor:
@@ -120,7 +120,7 @@ def measure_part(part: str, folder: Path) -> dict[str, float]:
 
 
 def measure() -> dict[str, Any]:
-    """Every part in its own process, in turn, twice; medians and ratios of ours to theirs."""
+    """Every part in its own process, in turn, three times; medians and ratios of ours to theirs."""
     found: dict[str, list[dict[str, float]]] = {part: [] for part in PARTS}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "network"
