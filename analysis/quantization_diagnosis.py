@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -220,11 +221,13 @@ def plot_diagnosis(diagnosis: Diagnosis) -> Figure:
                 layers = [place.layer for place in line]
                 left.plot(layers, [place.kurtosis for place in line], marker="o", label=site.rpartition(".")[2])
                 right.plot(layers, [place.added_loss for place in line], marker="o")
-            left.set_yscale("symlog", linthresh=1.0)
+            if max(abs(place.kurtosis) for place in diagnosis.places if place.kind == kind) > 10:
+                left.set_yscale("symlog", linthresh=1.0)  # which has no readable ticks within [-1, 1]
             left.set_ylabel(f"{kind}: excess kurtosis")
             right.set_ylabel("added loss (nats per token)")
             left.legend(fontsize="small", ncols=2)
         for panel in panels[-1]:
             panel.set_xlabel("layer")
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.tight_layout()
     return figure
