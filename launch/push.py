@@ -58,8 +58,10 @@ def push(folder: Path, repository: str, private: bool = True, dry_run: bool = Fa
     except UserError:
         raise
     except Exception as error:  # the network, the Hub's refusals, files that change: all the same to the user
+        public = "" if private else " --public"
         raise UserError(
-            f"--push {repository}: {_reason(error, api)}; {folder} is complete, and the same upload goes on where it stopped"
+            f"--push {repository}: {_reason(error, api)}; {folder} is complete, and mesokurt export {folder} --push {repository}{public} "
+            "goes on where it stopped"
         ) from None
     print(f"uploaded {len(files)} files, {sum(files.values()):,} bytes, to {repository} ({kind})")
     return {"repository": repository, "private": private, "files": files, "sent": True, "commit": commit.oid}

@@ -209,6 +209,16 @@ def model_card(folder: Path, name: str, licence: str, written: Written, files: R
     return "\n".join(parts) + "\n"
 
 
+def exported_format(folder: Path) -> str | None:
+    """The format that the card of an exported folder names; None where there is no such card."""
+    try:
+        header = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+        first, name = header["tags"]
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return None
+    return str(name) if first == "mesokurt" and name in NEEDS else None
+
+
 def write_card(folder: Path, name: str, licence: str, written: Written, files: RunFiles) -> Path:
     """Write README.md into an exported folder; returns it.
 

@@ -1,4 +1,4 @@
-"""`mesokurt export CKPT --format hf|bnb-nf4|compressed-tensors|remote-code --out DIR [--push USER/REPO]`."""
+"""`mesokurt export CKPT --format NAME --out DIR [--push USER/REPO]`; without `--out` an exported folder is uploaded."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ FORMATS = {
     "compressed-tensors": "the same, packed integers (W4A16)",
     "remote-code": "the network's own files, for trust_remote_code",
 }
+PACKING = ("method", "weight_bits", "group_size", "dtype")  # options of compressed-tensors
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Checkpoint, format, target, and where to push it."""
     add = parser.add_argument
-    add("checkpoint", metavar="CKPT", help="run directory or checkpoint folder")
+    add("checkpoint", metavar="CKPT", help="run directory or checkpoint folder; with --push alone, an exported folder")
     formats = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
-    add("--format", choices=list(FORMATS), default="hf", help=f"{formats} (default: %(default)s)")
-    add("--out", type=Path, required=True, help="folder to write (must not exist)")
-    add("--method", default="rtn", help="compressed-tensors: rtn or gptq (default: %(default)s)")
-    add("--weight-bits", type=int, choices=[4, 8], default=4, help="compressed-tensors: bits (default: %(default)s)")
+    add("--format", choices=list(FORMATS), help=f"{formats} (default: hf)")
+    add("--out", type=Path, help="folder to write (must not exist)")
+    add("--method", help="compressed-tensors: rtn or gptq (default: rtn)")
+    add("--weight-bits", type=int, choices=[4, 8], help="compressed-tensors: bits (default: 4)")
     add(
         "--group-size", type=int, metavar="G", help="compressed-tensors: inputs that share a scale (default: a channel)"
     )
-    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compressed-tensors: scales and the rest")
+    add("--dtype", choices=["bfloat16", "float32"], help="compressed-tensors: scales and the rest (default: bfloat16)")
     add("--calibration", type=Path, metavar="FILE", help="gptq: text (default: the run's own training rows)")
-    add("--calibration-rows", type=int, default=128, metavar="N", help="gptq: how much of it (default: %(default)s)")
+    add("--calibration-rows", type=int, metavar="N", help="gptq: how much of it (default: 128)")
     add("--license", help="licence named in the model card (default: the run's export.license, else unknown)")
     add("--push", metavar="USER/REPO", help="upload the folder to the Hub, private unless --public")
     add("--public", action="store_true", help="with --push: a repository that everybody can read")
@@ -42,34 +43,68 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Export; nothing is left behind when a check inside fails."""
     from launch.loading import refuse_outside_hooks
-    from launch.push import check_repository, push
+    from launch.push import check_repository
     from modeling.folders import resolve
     from quant.exports import export
 
-    if arguments.push is None and (arguments.public or arguments.dry_run):
-        raise UserError("--public and --dry-run belong to --push USER/REPO", exit_code=2)
-    for name in ("group_size", "calibration_rows"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1", exit_code=2)
+    _check(arguments)
     if arguments.push is not None:
         check_repository(arguments.push)
+    if arguments.out is None:
+        return _push_again(arguments), 0
     if arguments.out.exists():
-        raise UserError(f"--out {arguments.out} exists already; name a new folder")
+        again = f", or upload it by mesokurt export {arguments.out} --push {arguments.push}" if arguments.push else ""
+        raise UserError(f"--out {arguments.out} exists already; name a new folder{again}")
     try:
         source = resolve(arguments.checkpoint)
     except FileNotFoundError as error:
         raise UserError(str(error)) from None
     refuse_outside_hooks(source)
-    done = export(arguments.format, source, arguments.out, _wish(arguments, source))
+    format_name = arguments.format or "hf"
+    done = export(format_name, source, arguments.out, _wish(arguments, source))
     print(f"{arguments.out}: {done.written.checked}")
     for note in done.notes:
         print(f"note: {note}")
-    result: dict[str, Any] = {"out": str(arguments.out), "format": arguments.format, "checked": done.written.checked}
+    result: dict[str, Any] = {"out": str(arguments.out), "format": format_name, "checked": done.written.checked}
     result["relative_error"] = done.relative_error
-    if arguments.push is not None:
-        result["push"] = push(arguments.out, arguments.push, not arguments.public, arguments.dry_run)
-    return {**result, "notes": list(done.notes)}, 0
+    return {**result, **_pushed(arguments, arguments.out), "notes": list(done.notes)}, 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse options that would do nothing."""
+    if arguments.push is None and (arguments.public or arguments.dry_run):
+        raise UserError("--public and --dry-run belong to --push USER/REPO", exit_code=2)
+    if arguments.out is None and arguments.push is None:
+        raise UserError("--out DIR is missing: the folder to write", exit_code=2)
+    given = [name for name in (*PACKING, "calibration", "calibration_rows") if getattr(arguments, name) is not None]
+    words = [f"--{name.replace('_', '-')}" for name in given]
+    if arguments.out is None and (words or arguments.format or arguments.license):
+        raise UserError("--out DIR is missing: an exported folder is uploaded as it is", exit_code=2)
+    if words and arguments.format != "compressed-tensors":
+        raise UserError(f"{words[0]} belongs to --format compressed-tensors", exit_code=2)
+    for name, word in zip(given, words, strict=True):
+        value = getattr(arguments, name)
+        if name in ("group_size", "calibration_rows") and value < 1:
+            raise UserError(f"{word} {value}: must be at least 1", exit_code=2)
+
+
+def _push_again(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Upload a folder that was exported before, as it is."""
+    from quant.model_card import exported_format
+
+    folder = Path(arguments.checkpoint)
+    format_name = exported_format(folder)
+    if format_name is None:
+        raise UserError(f"{folder} is no exported folder; give --out DIR to export it there first", exit_code=2)
+    return {"out": str(folder), "format": format_name, **_pushed(arguments, folder)}
+
+
+def _pushed(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from launch.push import push
+
+    if arguments.push is None:
+        return {}
+    return {"push": push(folder, arguments.push, not arguments.public, arguments.dry_run)}
 
 
 def _context(source: Path) -> int:
@@ -89,19 +124,18 @@ def _wish(arguments: argparse.Namespace, source: Path) -> Any:
 
     run_dir = next((p for p in (source, *source.parents[:2]) if (p / "config.yaml").is_file()), None)
     config = read_run_files(run_dir).config
-    calibration = None
-    if arguments.format == "compressed-tensors" and method_of(arguments.method).calibrated:
-        window = _context(source)
-        place = str(run_dir or source)
-        calibration = calibration_rows(place, arguments.calibration, str(source), window, arguments.calibration_rows)
+    calibration, method = None, arguments.method or "rtn"
+    if method_of(method).calibrated:
+        window, rows = _context(source), arguments.calibration_rows or 128
+        calibration = calibration_rows(str(run_dir or source), arguments.calibration, str(source), window, rows)
         if calibration is None:
-            raise UserError(f"--method {arguments.method}: nothing to calibrate on; give --calibration FILE")
+            raise UserError(f"--method {method}: nothing to calibrate on; give --calibration FILE")
     return Wish(
         name=config.run.name if config is not None else source.name,
         license=arguments.license or (config.export.license if config is not None else "unknown"),
-        method=arguments.method,
-        bits=arguments.weight_bits,
-        dtype=arguments.dtype,
+        method=method,
+        bits=arguments.weight_bits or 4,
+        dtype=arguments.dtype or "bfloat16",
         options=Options(group=arguments.group_size),
         calibration=calibration,
         run_dir=run_dir,

@@ -104,12 +104,8 @@ def test_all_shipped_configs_are_checked_in_seconds(capfd: pytest.CaptureFixture
     assert largest["parameters"] == sum(largest["by_algorithm"].values()) == 1_423_966_257
     assert largest["tokens"] == 476_838 * 1024 * 2048
     for size in found.values():
-        assert (
-            size["state_bytes_by_stage"]["0"]
-            > size["state_bytes_by_stage"]["1"]
-            > size["state_bytes_by_stage"]["3"]
-            > 0
-        )
+        per_stage = size["state_bytes_by_stage"]
+        assert per_stage["0"] > per_stage["1"] > per_stage[max(per_stage)] > 0  # experts over ranks have no stage 3
 
 
 def test_config_check_tells_a_person_the_size(capfd: pytest.CaptureFixture[str]) -> None:

@@ -89,6 +89,27 @@ def test_an_evaluation_made_before_the_export_is_in_its_card_and_a_dry_run_lists
     assert f"| 4-8-8 | rtn | {table[1]['loss']:.4f} |" in text
     assert f"{score:.1f}±" in text
     assert "W4A16 by rtn" in text
+    assert main(["export", str(out), "--push", "user/repo", "--dry-run", "--json"]) == 0
+    again = json.loads(capfd.readouterr().out)
+    assert again == {"out": str(out), "format": "compressed-tensors", "push": found["push"]}
+    assert main(["export", str(run), "--out", str(out), "--push", "user/repo"]) == 1
+    assert f"or upload it by mesokurt export {out} --push user/repo" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "--out DIR is missing: the folder to write"),
+        (["--push", "user/repo"], "is no exported folder; give --out DIR to export it there first"),
+        (["--push", "user/repo", "--format", "hf"], "--out DIR is missing: an exported folder is uploaded as it is"),
+    ],
+)
+def test_without_a_target_only_an_exported_folder_is_uploaded(
+    words: list[str], told: str, run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    assert main(["export", str(run), *words]) == 2
+    assert told in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -100,6 +121,8 @@ def test_an_evaluation_made_before_the_export_is_in_its_card_and_a_dry_run_lists
         (["--format", "compressed-tensors", "--method", "x"], 2, "unknown method 'x'"),
         (["--format", "compressed-tensors", "--group-size", "7"], 1, "groups of 7 do not divide an axis of"),
         (["--format", "compressed-tensors", "--group-size", "0"], 2, "--group-size 0: must be at least 1"),
+        (["--format", "bnb-nf4", "--method", "gptq"], 2, "--method belongs to --format compressed-tensors"),
+        (["--calibration-rows", "8"], 2, "--calibration-rows belongs to --format compressed-tensors"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(

@@ -113,7 +113,7 @@ def test_a_refused_token_is_one_line_that_does_not_show_it(folder: Path) -> None
         assert hub.unauthorized >= 1
         assert hub.commits == []
         assert err.startswith("error: --push user/repo: ")
-        assert "the same upload goes on where it stopped" in err
+        assert f"{folder} is complete, and mesokurt export {folder} --push user/repo goes on where it stopped" in err
         assert len(err.splitlines()) == 1
         assert "hf_another_secret" not in out + err
     for path in folder.parent.rglob("*"):
