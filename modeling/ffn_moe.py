@@ -17,6 +17,8 @@ from .ffn_mlp import MLP
 from .hooks import INNER_KINDS, KINDS, HookError, build, check, inner_spec
 from .routers import Routing
 
+MIN_CAPACITY = 4  # slots per expert, so that the few tokens of a decoding step are not dropped (DeepSpeed's default)
+
 
 def within_capacity(routing: Routing, count: int, capacity: int) -> Tensor:
     """Slots `[N, K]` that fit when each expert takes at most `capacity`; the largest weights stay, earlier tokens on ties."""
@@ -35,7 +37,7 @@ class MoE(nn.Module):
     """`y = sum_shared FFN(x) + sum_{e chosen} w_e FFN_e(x)`. `[B, T, D] -> [B, T, D]` and named auxiliary values.
 
     Without a capacity no token is dropped. With one, an expert takes at most `ceil(capacity_factor * active * tokens / experts)` tokens
-    of a forward; slots beyond that add nothing (the residual carries the token) and are counted.
+    of a forward, and never less than 4; slots beyond that add nothing (the residual carries the token) and are counted.
 
     Args:
         config, layer: supplied by the decoder.
@@ -130,7 +132,7 @@ class MoE(nn.Module):
         routing = self.router(tokens)
         auxiliary = dict(routing.auxiliary)
         if self.capacity_factor is not None:
-            capacity = math.ceil(self.capacity_factor * self.active * len(tokens) / self.count)
+            capacity = max(MIN_CAPACITY, math.ceil(self.capacity_factor * self.active * len(tokens) / self.count))
             kept = within_capacity(routing, self.count, capacity)
             wanted = routing.experts.numel() if routing.kept is None else routing.kept.sum()
             auxiliary["router/dropped"] = wanted - kept.sum()

@@ -158,10 +158,11 @@ def test_capacity_keeps_the_largest_weights_and_dropped_slots_add_nothing() -> N
     torch.testing.assert_close(y.flatten(0, 1), free.routed(x.flatten(0, 1), masked), rtol=1e-12, atol=1e-12)
 
 
-def test_a_capacity_that_suffices_drops_nothing() -> None:
-    y, auxiliary = layer(capacity_factor=5.0)(states())
+@pytest.mark.parametrize(("factor", "x"), [(5.0, states()), (0.01, states(1, 4))])
+def test_a_capacity_that_suffices_drops_nothing_and_four_tokens_always_fit(factor: float, x: Tensor) -> None:
+    y, auxiliary = layer(capacity_factor=factor)(x)
     assert int(auxiliary["router/dropped"]) == 0
-    torch.testing.assert_close(y, layer()(states())[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(y, layer()(x)[0], rtol=1e-12, atol=1e-12)
 
 
 def test_the_bias_moves_towards_starved_experts_and_never_enters_the_weights() -> None:
