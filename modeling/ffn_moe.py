@@ -15,6 +15,7 @@ from .experts import UNORDERED, Experts, mixes_tokens
 from .ffn_gated import GatedFFN
 from .ffn_mlp import MLP
 from .hooks import INNER_KINDS, KINDS, HookError, build, check, inner_spec
+from .router_residual import SharedGate
 from .routers import Routing
 
 MIN_CAPACITY = 4  # slots per expert, so that the few tokens of a decoding step are not dropped (DeepSpeed's default)
@@ -48,6 +49,7 @@ class MoE(nn.Module):
         router: router hook, NAME or {name: NAME, option: value}.
         capacity_factor: null: dropless.
         gated: SwiGLU-like experts; false: plain two-layer ones.
+        shared_gate: the shared experts' output is multiplied by `1 + g(x)`, g linear and zero at first.
     """
 
     paper = "arXiv 1701.06538"
@@ -64,9 +66,12 @@ class MoE(nn.Module):
         router: str | dict[str, Any] = "topk",
         capacity_factor: float | None = None,
         gated: bool = True,
+        shared_gate: bool = False,
     ) -> None:
         super().__init__()
-        self.check_options(experts, active, expert_width, shared_experts, router, capacity_factor)
+        self.check_options(
+            experts, active, expert_width, shared_experts, router, capacity_factor, shared_gate=shared_gate
+        )
         width = expert_width or max(1, config.intermediate_size // active)
         self.capacity_factor, self.active, self.count = capacity_factor, active, experts
         spec, kind = inner_spec(router), INNER_KINDS["router"]
@@ -78,6 +83,7 @@ class MoE(nn.Module):
             shared = copy.copy(config)
             shared.intermediate_size = self.shared_width
             self.shared_experts = (GatedFFN if gated else MLP)(shared, layer)
+        self.shared_gate = SharedGate(config.hidden_size, shared_experts) if shared_gate else None
 
     @classmethod
     def check_options(
@@ -89,6 +95,7 @@ class MoE(nn.Module):
         router: str | dict[str, Any] = "topk",
         capacity_factor: float | None = None,
         gated: bool = True,
+        shared_gate: bool = False,
     ) -> None:
         """Refuse values that cannot work.
 
@@ -105,6 +112,8 @@ class MoE(nn.Module):
             raise HookError(f"shared_experts {shared_experts}: must be at least 0")
         if capacity_factor is not None and not 0.0 < capacity_factor < math.inf:
             raise HookError(f"capacity_factor {capacity_factor}: must be above 0, or null for no limit")
+        if shared_gate:
+            SharedGate(1, shared_experts)
         spec = inner_spec(router)
         try:
             with torch.device("meta"):  # a router checks its own values
@@ -139,7 +148,10 @@ class MoE(nn.Module):
             routing = routing._replace(kept=kept)
         y = self.routed(tokens, routing)
         if self.shared_experts is not None:
-            y = y + self.shared_experts(tokens)
+            shared = self.shared_experts(tokens)
+            if self.shared_gate is not None:
+                shared = shared * self.shared_gate(tokens).to(shared.dtype)
+            y = y + shared
         return y.view_as(x), auxiliary
 
     def routed(self, tokens: Tensor, routing: Routing) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .hooks import HookError
 from .routers import Router, Span
@@ -51,3 +52,29 @@ class ResidualTopK(Router):
         """Top k of score + bias; the bias never enters the weights."""
         experts = (logits + self.bias).topk(self.active, dim=-1).indices
         return experts, 1.0 + logits.gather(-1, experts), logits.softmax(-1), None
+
+
+class SharedGate(nn.Module):
+    """`1 + g(x)`, what shared experts are multiplied by beside a residual router (section 3.4 of the same paper); g starts at zero.
+
+    Raises:
+        HookError: there are no shared experts.
+    """
+
+    optimizer_roles = {"weight": "router"}  # noqa: RUF012 - read by the optimizer routing
+
+    def __init__(self, width: int, shared_experts: int) -> None:
+        super().__init__()
+        if not shared_experts:
+            raise HookError("shared_gate: there are no shared experts; set shared_experts above 0 or leave it false")
+        self.weight = nn.Parameter(torch.zeros(1, width))
+
+    def initial_fill_(self, leaf: str, parameter: Tensor, generator: torch.Generator) -> None:
+        """Zero."""
+        parameter.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens `[N, D]` -> `[N, 1]`, in float32 also under autocast (float64 stays float64)."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        with torch.autocast(x.device.type, enabled=False):
+            return 1.0 + F.linear(wide, self.weight.to(wide.dtype))

@@ -40,6 +40,8 @@ def layer_obstacle(moe: MoE) -> str | None:
         return "ffn 'moe' with gated: false"
     if moe.capacity_factor is not None:
         return "ffn 'moe' with a capacity_factor (it drops tokens)"
+    if moe.shared_gate is not None:
+        return "ffn 'moe' with a shared_gate"
     if moe.count < 2:
         return "ffn 'moe' with a single expert"
     if type(router) is DenseToSparse:

@@ -198,5 +198,6 @@ def moe_options(ffn: dict[str, Any], activation: dict[str, Any], width: int, cut
         "shared_experts": cut.shared,
         "router": router,
         "gated": DENSE_FFNS[ffn["name"]],
+        "shared_gate": cut.shared > 0,
     }
     return {"name": "moe", "options": options}

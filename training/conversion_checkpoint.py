@@ -51,7 +51,7 @@ def _shape_of(leaf: str, groups: Groups) -> tuple[int, int]:
 
 
 def new_routers(config: MesokurtConfig, layers: int) -> dict[str, Tensor]:
-    """Fresh router weights and buffers by name, as the initializer would draw them from (seed, name)."""
+    """Fresh router weights and buffers by name, as the initializer would draw them from (seed, name); zero for shared experts' gates."""
     options = config.ffn["options"]
     tensors: dict[str, Tensor] = {}
     for layer in range(layers):
@@ -67,6 +67,8 @@ def new_routers(config: MesokurtConfig, layers: int) -> dict[str, Tensor]:
             for leaf, parameter in router.named_parameters():
                 router.initial_fill_(leaf, parameter, keyed_generator(config.seed, f"{prefix}.{leaf}"))
         tensors |= {f"{prefix}.{leaf}": value.detach().clone() for leaf, value in router.state_dict().items()}
+        if options["shared_gate"]:
+            tensors[f"model.layers.{layer}.mlp.shared_gate.weight"] = torch.zeros(1, config.hidden_size)
     return tensors
 
 

@@ -51,13 +51,23 @@ def token_by_token(moe: MoE, x: Tensor) -> Tensor:
             )
             y = y + p[e] / p[chosen].sum() * (experts.down_proj[e] @ hidden)
         if moe.shared_experts is not None:
-            y = y + moe.shared_experts(token)
+            gate = 1.0 if moe.shared_gate is None else 1.0 + moe.shared_gate.weight @ token
+            y = y + gate * moe.shared_experts(token)
         out.append(y)
     return torch.stack(out).view_as(x)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"gated": False}, {"shared_experts": 2}, {"active": 5}, {"active": 1}], ids=str
+    "options",
+    [
+        {},
+        {"gated": False},
+        {"shared_experts": 2, "shared_gate": True},
+        {"shared_experts": 2},
+        {"active": 5},
+        {"active": 1},
+    ],
+    ids=str,
 )
 def test_the_layer_is_its_definition_in_value_and_every_gradient(options: dict[str, Any]) -> None:
     """float64, so only the order of sums differs."""
@@ -260,6 +270,7 @@ def test_recomputed_blocks_route_alike_and_give_the_same_gradients() -> None:
         ({"experts": 0}, "experts 0: must be at least 1"),
         ({"expert_width": 0}, "expert_width 0"),
         ({"shared_experts": -1}, "shared_experts -1"),
+        ({"shared_gate": True}, "no shared experts"),
         ({"capacity_factor": 0.0}, "capacity_factor 0.0"),
         ({"router": "topp"}, "unknown router 'topp'; did you mean topk?"),
         ({"router": {"name": "topk", "jitte": 0.1}}, "router 'topk' has no option 'jitte'"),
