@@ -76,9 +76,7 @@ def export_hf(checkpoint: str | Path, out: str | Path) -> HFExport:
     try:
         stock = to_stock(model)
     except ValueError as error:
-        raise UserError(
-            f"export {source}: {error}; it cannot be exported as hf, but as remote-code with its own files"
-        ) from None
+        raise UserError(f"{source}: {error}; export it as remote-code, with its own files") from None
     with appearing(target) as folder:
         _write(stock, source, folder)
         architecture, difference = _parity(model, folder)

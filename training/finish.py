@@ -70,7 +70,7 @@ def export(config: RunConfig, store: TokenStore, checkpoint: Path) -> None:
         try:
             done = exports.export(name, checkpoint, run_dir / "export" / name, wish)
         except UserError as error:
-            print(f"no export: {error}")
+            print(f"not exported as {name}: {error}")
             continue
         print(f"exported {done.path} ({done.written.checked})")
         for note in done.notes:

@@ -52,8 +52,8 @@ def test_a_format_that_cannot_be_is_one_line_and_the_others_are_written(
     words = [f"run.dir={again}", "train.steps=2", "model.ffn=mlp", "eval.bits=[]", "export.formats=[hf, remote-code]"]
     assert main(["pretrain", str(run.parent / "tiny.yaml"), *words]) == 0
     out = capfd.readouterr().out
-    assert out.count("no export: ") == 1
-    assert "it cannot be exported as hf, but as remote-code" in out
+    assert out.count("not exported as hf: ") == 1
+    assert "export it as remote-code, with its own files" in out
     assert [path.name for path in (again / "export").iterdir()] == ["remote-code"]
     assert (again / "report.html").is_file()
 

@@ -102,8 +102,7 @@ def refusal(source: Path, out: Path) -> str:
 def test_a_network_that_llama_cannot_express_is_refused_by_the_parts_name(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "checkpoint", tokenizer=False, activation="relu2", ffn="mlp")
     assert refusal(source, tmp_path / "out") == (
-        f"export {source}: ffn 'mlp' has no counterpart in a stock Llama; it cannot be exported "
-        "as hf, but as remote-code with its own files"
+        f"{source}: ffn 'mlp' has no counterpart in a stock Llama; export it as remote-code, with its own files"
     )
 
 
