@@ -113,7 +113,7 @@ def test_other_weights_text_documents_and_settings_are_measured_anew(
         assert len(measured) == count, measured
     stored = json.loads(file.read_text())["measurements"][0]["key"]
     assert stored["model"] == model_sha256(model())
-    assert set(stored["versions"]) == {"torch", "transformers", "lm_eval"}
+    assert set(stored["versions"]) == {"mesokurt", "torch", "transformers", "lm_eval"}
 
 
 def test_equal_models_have_equal_hashes_wherever_they_lie(tmp_path: Path) -> None:
