@@ -13,6 +13,7 @@ from configs.errors import UserError
 EXAMPLE = "mesokurt evaluate runs/quickstart --text README.md --bits 4-8-16 4-4-4 --method rtn gptq --tasks all --task-data synthetic"
 RESULTS = "measurements.json"
 MOST_TOKENS = 2048
+ROWS, CALIBRATION_ROWS = 64, 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,11 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text.add_argument("--no-text", action="store_true", help="benchmarks only")
     add("--window", type=int, help="tokens per window of text (default: the model's context, at most 2048)")
-    add("--rows", type=int, default=64, help="held-out rows, when there is no text (default: %(default)s)")
+    add("--rows", type=int, help=f"held-out rows, when there is no text (default: {ROWS})")
     add("--tasks", nargs="+", metavar="NAME", default=[], help="benchmarks, or all")
     add(
         "--task-data",
-        default="hub",
         metavar="SOURCE",
         help="hub, a folder with NAME.jsonl, or synthetic (default: hub)",
     )
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text for gptq and others (default: the run's own training rows)",
     )
-    add("--calibration-rows", type=int, default=128, metavar="N", help="how much of it (default: %(default)s)")
+    add("--calibration-rows", type=int, metavar="N", help=f"how much of it (default: {CALIBRATION_ROWS})")
     add(
         "--group-size", type=int, metavar="G", help="inputs that share a weight scale (default: a whole output channel)"
     )
@@ -63,10 +63,25 @@ def _check_counts(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1", exit_code=2)
 
 
+def _check_use(arguments: argparse.Namespace, calibrated: bool) -> None:
+    """Refuse options that would do nothing."""
+    a, text = arguments, arguments.text is not None or arguments.dataset is not None
+    for word, value, used, needs in (
+        ("--window", a.window, text or calibrated, "--text, --dataset or a method that calibrates"),
+        ("--rows", a.rows, not (text or a.no_text), "the run's own held-out rows, not to another text"),
+        ("--task-data", a.task_data, a.tasks, "--tasks"),
+        ("--limit", a.limit, a.tasks, "--tasks"),
+        ("--calibration", a.calibration, calibrated, "a method that calibrates, such as gptq"),
+        ("--calibration-rows", a.calibration_rows, calibrated, "a method that calibrates, such as gptq"),
+    ):
+        if value is not None and not used:
+            raise UserError(f"{word} belongs to {needs}", exit_code=2)
+
+
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Print one table, full precision beside each setting."""
     from launch.loading import calibration_rows, load_model, load_tokenizer, stock_form
-    from quant.benchmark_data import load_task
+    from quant.benchmark_data import HUB, SYNTHETIC, load_task
     from quant.benchmark_tasks import benchmarks_named
     from quant.benchmarks import require_harness
     from quant.bits import LADDER, Bits
@@ -81,10 +96,11 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     settings = [Bits.parse(text) for text in arguments.bits] if arguments.bits else list(LADDER)
     methods = list(dict.fromkeys(arguments.method or DEFAULT_METHODS))
     calibrated = any(method.calibrated for method in map(method_of, methods))
-    benchmarks = benchmarks_named(arguments.tasks)
+    _check_use(arguments, calibrated)
+    benchmarks, source = benchmarks_named(arguments.tasks), arguments.task_data or HUB
     if benchmarks:
         require_harness()
-    tasks = [load_task(task, arguments.task_data, arguments.limit) for task in benchmarks]
+    tasks = [load_task(task, source, arguments.limit) for task in benchmarks]
     kept = Measurements(_results_file(arguments))
     model, folder = load_model(arguments.checkpoint)
     if any(method_of(name).rotation != "none" for name in methods):
@@ -93,9 +109,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     text = _text(arguments, folder, window)
     calibration = None
     if calibrated:
-        calibration = calibration_rows(
-            arguments.checkpoint, arguments.calibration, folder, window, arguments.calibration_rows
-        )
+        rows = arguments.calibration_rows or CALIBRATION_ROWS
+        calibration = calibration_rows(arguments.checkpoint, arguments.calibration, folder, window, rows)
         if calibration is None:
             raise UserError(f"{', '.join(methods)}: nothing to calibrate on; give --calibration FILE")
     tokenizer = load_tokenizer(folder) if tasks else None
@@ -103,7 +118,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     subject = Subject(model, tokenizer, text, tasks, calibration, options, arguments.batch_size)
     table = evaluate(subject, settings, methods, kept, _say)
     print(format_table(table))
-    if arguments.task_data == "synthetic" and tasks:
+    if tasks and source == SYNTHETIC:
         print("benchmarks: made-up rows, which rehearse the evaluation and judge no model")
     named = {d.task.name: {"documents": len(d.documents), "shots": d.task.shots, "sha256": d.sha256} for d in tasks}
     measured_text = {} if text is None else {"name": text.name, "windows": len(text.rows), "tokens": text.rows.shape[1]}
@@ -111,7 +126,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         "checkpoint": folder,
         "model_sha256": model_sha256(model),
         "text": measured_text,
-        "tasks": {"source": arguments.task_data, **named} if tasks else {},
+        "tasks": {"source": source, **named} if tasks else {},
         "ladder": [row.as_json() for row in table],
         "environment": environment(),
     }
@@ -131,7 +146,7 @@ def _text(arguments: argparse.Namespace, folder: str, window: int) -> Any:
         return text_windows(load_tokenizer(folder), arguments.text, window)
     if arguments.dataset is not None:
         return dataset_windows(load_tokenizer(folder), arguments.dataset, window)
-    return held_out_rows(arguments.checkpoint, arguments.rows)
+    return held_out_rows(arguments.checkpoint, arguments.rows or ROWS)
 
 
 def _results_file(arguments: argparse.Namespace) -> Path | None:

@@ -95,6 +95,10 @@ def test_benchmarks_from_files_stand_beside_the_held_out_loss_and_are_kept(
         (["--method", "rtm"], 2, "unknown method 'rtm'"),
         (["--text", "absent.txt", "--bits", "4-4-4"], 1, "--text absent.txt: cannot be read"),
         (["--results", "."], 1, "no file of measurements"),
+        (["--rows", "4", "--text", "absent.txt"], 2, "--rows belongs to the run's own held-out rows, not to another text"),
+        (["--window", "16"], 2, "--window belongs to --text, --dataset or a method that calibrates"),
+        (["--limit", "3"], 2, "--limit belongs to --tasks"),
+        (["--calibration-rows", "3"], 2, "--calibration-rows belongs to a method that calibrates, such as gptq"),
         (["--method", "gptq", "--calibration", "absent.txt"], 1, "absent.txt: cannot be read"),
     ],
 )  # fmt: skip
