@@ -49,6 +49,9 @@ ROLES: Mapping[str, Role] = {
     "mlp.gate": Role.KEEP,
     "mlp.router": Role.KEEP,
     "mlp.shared_expert_gate": Role.KEEP,
+    # Phi-3
+    "self_attn.qkv_proj": Role.TOKEN_IN,
+    "mlp.gate_up_proj": Role.TOKEN_IN,
     # GPT-NeoX (Pythia)
     "attention.query_key_value": Role.TOKEN_IN,
     "attention.dense": Role.HEADS_IN,
