@@ -175,9 +175,9 @@ class Heartbeat:
         if process is not None:
             process.kill(seconds_to_dump)
 
-    def wait_until_heard(self) -> None:
-        """Rank 0's process holds the store: let the other ranks hear the verdict before it exits."""
-        if self.rank == 0:
+    def wait_until_heard(self, every_rank: bool = False) -> None:
+        """Let the other ranks hear the verdict before this one exits: rank 0, whose process holds the store, or every rank."""
+        if self.rank == 0 or every_rank:
             time.sleep(self.interval + 1.0)
 
     def end(self) -> None:

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -99,6 +100,9 @@ class Watchdog:
         if self.heartbeat is None:
             return UserError(own.text, own.exit_code)
         verdict = self.heartbeat.tell(own)
+        if verdict.stacks and error is not None:  # the hung rank was gone before this one heard of it
+            self._note(verdict)
+            traceback.print_exception(error, file=self._file)
         self.heartbeat.wait_until_heard()
         return UserError(verdict.text, verdict.exit_code)
 
@@ -148,15 +152,19 @@ class Watchdog:
         """End this process, and with it the silent ones of this host, which no launcher can ask to end."""
         faulthandler.cancel_dump_traceback_later()
         if verdict.stacks:
-            print(f"{time.strftime('%F %T')} rank {self.ranks.rank}: {verdict.text}", file=self._file, flush=True)
+            self._note(verdict)
             faulthandler.dump_traceback(self._file, all_threads=True)
         where = f"; stacks in {self.path.parent}" if verdict.stacks else ""
         print(f"error: {verdict.text}; rank {self.ranks.rank} ends{where}", file=sys.stderr, flush=True)
         if self.heartbeat is not None:
             for rank in verdict.silent:
                 self.heartbeat.kill(rank, SECONDS_TO_DUMP)
-            self.heartbeat.wait_until_heard()
+            # An end breaks the collective in which the others wait; where they waited is to be seen first.
+            self.heartbeat.wait_until_heard(every_rank=verdict.stacks)
         os._exit(verdict.exit_code)
+
+    def _note(self, verdict: Verdict) -> None:
+        print(f"{time.strftime('%F %T')} rank {self.ranks.rank}: {verdict.text}", file=self._file, flush=True)
 
 
 def _line(error: BaseException | None) -> str:
