@@ -30,6 +30,7 @@ from quant.experts import unpacked_experts
 from quant.export_folder import weight_bytes
 from quant.exports import Wish, export
 from quant.methods import quantized
+from quant.parity import relative_difference
 from quant.roles import find_sites
 from training.build import build_model
 from training.run_directory import environment
@@ -53,11 +54,6 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
     with torch.no_grad():
         found: Tensor = model.train()(input_ids=tokens, use_cache=False).logits.float()
     return found
-
-
-def difference(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference, relative to the largest logit."""
-    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def reloaded(folder: Path, tokens: Tensor) -> Tensor:
@@ -104,13 +100,13 @@ def compared(
         out = source.parent / f"{format_name}-{method}-{dtype}"
         done = export(format_name, source, out, Wish("benchmark", method=method, dtype=dtype, calibration=calibration))
         if format_name == "hf":
-            stock, found = out, difference(reloaded(out, tokens), logits(network, tokens))
+            stock, found = out, relative_difference(reloaded(out, tokens), logits(network, tokens))
         elif format_name == "bnb-nf4":
-            found = difference(reloaded(out, tokens), logits(nf4_reference(stock), tokens))
+            found = relative_difference(reloaded(out, tokens), logits(nf4_reference(stock), tokens))
         elif format_name == "compressed-tensors" and dtype == "float32":
             model: Any = to_stock(network)
             with quantized(model, method, W4, calibration):
-                found = difference(reloaded(out, tokens), logits(model, tokens))
+                found = relative_difference(reloaded(out, tokens), logits(model, tokens))
         else:
             found = done.relative_error
         weighs, wanted = weight_bytes(out), theory(network, format_name, dtype)

@@ -78,6 +78,14 @@ def split_experts(model: MesokurtForCausalLM, routes: list[Route], spread: int) 
     return [route for route in routes if route.name not in stacks], local
 
 
+def zero_and_owned(
+    config: RunConfig, model: MesokurtForCausalLM, routes: list[Route], ranks: int
+) -> tuple[list[Route], list[Route]]:
+    """Routes of what all ranks share, ZeRO's part, and of experts that are spread, which are their owner's alone."""
+    spread = config.parallel.expert
+    return split_experts(model, routes, spread) if ranks > 1 and spread > 1 else (routes, [])
+
+
 def mixtures(model: MesokurtForCausalLM) -> list[MoE]:
     """The layers that have experts."""
     return [module for module in model.modules() if isinstance(module, MoE)]
@@ -167,8 +175,7 @@ def predict(config: RunConfig, model: MesokurtForCausalLM, routes: list[Route], 
     """
     p = config.parallel
     stage, spread = (p.zero_stage, p.expert) if ranks > 1 else (0, 1)
-    rest, experts = split_experts(model, routes, spread)
-    zero, owned = (rest, experts) if spread > 1 else (routes, [])
+    zero, owned = zero_and_owned(config, model, routes, ranks)
     total, own, bucket = elements(zero), elements(owned), layer_elements(config)
     shard = -(-total // ranks)
     states, own_states = state_elements(zero), state_elements(owned)
@@ -198,7 +205,7 @@ def predict(config: RunConfig, model: MesokurtForCausalLM, routes: list[Route], 
         parameters=FLOAT * (parameters + own),
         gradients=FLOAT * (gradients + own),
         optimizer=FLOAT * (optimizer + own_states),
-        activations=activations + cast_bytes(config, model, rest, experts, stage),
+        activations=activations + cast_bytes(config, model, *split_experts(model, routes, spread), stage),
         optimizer_work=work,
         host=host,
     )

@@ -13,7 +13,7 @@ from configs.loading import config_from_tree
 from configs.schema import RunConfig
 from launch import memory, step_time
 from launch.machines import GIB, Machine, machine
-from launch.memory import FLOAT, Memory, elements, split_experts, state_elements
+from launch.memory import FLOAT, Memory, elements, state_elements, zero_and_owned
 from launch.step_time import StepTime
 from modeling.decoder import MesokurtForCausalLM
 from modeling.to_stock import obstacle
@@ -106,7 +106,6 @@ def inspect_config(config: RunConfig, ranks: int) -> Size:
     )
     by_algorithm = {name: elements(routes, name) for name in dict.fromkeys(r.algorithm for r in routes)}
     spread = config.parallel.expert if ranks > 1 else 1
-    shared, owned = split_experts(model, routes, spread) if spread > 1 else (routes, [])
     per_step = config.train.global_batch * config.model.context
     return Size(
         elements(routes),
@@ -114,7 +113,7 @@ def inspect_config(config: RunConfig, ranks: int) -> Size:
         per_step * config.train.steps,
         per_step,
         ranks,
-        _stage_bytes(shared, owned, ranks),
+        _stage_bytes(*zero_and_owned(config, model, routes, ranks), ranks),
         memory.activation_bytes(
             config, model, config.parallel.sequence if ranks > 1 else 1, fused=False, spread=spread > 1
         ),

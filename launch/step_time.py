@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from configs.schema import RunConfig
 from launch.machines import Machine
-from launch.memory import FLOAT, elements, mixtures, split_experts
+from launch.memory import FLOAT, elements, mixtures, zero_and_owned
 from modeling.decoder import MesokurtForCausalLM
 from training.accelerator import accumulation
 from training.optim.newton_schulz import newton_schulz_flops
@@ -38,8 +38,7 @@ def communicated_bytes(config: RunConfig, model: MesokurtForCausalLM, routes: li
     if ranks == 1:
         return 0.0
     spread = config.parallel.expert
-    rest, experts = split_experts(model, routes, spread)
-    shared, owned = (rest, experts) if spread > 1 else (routes, [])
+    shared, owned = zero_and_owned(config, model, routes, ranks)
     total, muon, stage = elements(shared), elements(shared, "muon"), config.parallel.zero_stage
     share, accumulate = (ranks - 1) / ranks, accumulation(config, ranks)
     reductions = accumulate if stage >= 2 else 1
@@ -80,8 +79,7 @@ def predict(
     rate = machine.flops[config.train.dtype] * machine.fraction * ranks
     tokens = config.train.global_batch * config.model.context
     passes = 4 / 3 if config.train.activation_checkpointing else 1.0
-    spread = config.parallel.expert if ranks > 1 else 1
-    shared, owned = split_experts(model, routes, spread) if spread > 1 else (routes, [])
+    shared, owned = zero_and_owned(config, model, routes, ranks)
     iterations = _newton_schulz(shared) / ranks + _newton_schulz(owned)
     return StepTime(
         compute=tokens * flops_per_token(model, model.config) * passes / rate,

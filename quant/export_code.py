@@ -27,6 +27,7 @@ from modeling.config import MesokurtConfig
 from modeling.decoder import MesokurtForCausalLM
 from modeling.hooks import KINDS
 from quant.export_folder import SHARD_BYTES, appearing, check_tokenizer, copy_tokenizer
+from quant.parity import relative_difference
 
 TOLERANCE = 1e-5
 ENTRY = "modeling_mesokurt"
@@ -168,7 +169,7 @@ def export_code(model: MesokurtForCausalLM, source: Path, out: Path) -> CodeExpo
         (folder / f"{ENTRY}.py").write_text(_entry([*(path.stem for path in own), *outside]), encoding="utf-8")
         copy_tokenizer(source, folder)
         check_tokenizer(source, folder, out)
-        difference = float((_read_elsewhere(folder, tokens) - wanted).abs().max() / wanted.abs().max())
+        difference = relative_difference(_read_elsewhere(folder, tokens), wanted)
         if not difference < TOLERANCE:
             raise UserError(
                 f"export {out}: logits differ by {difference:.1e} (relative) elsewhere; nothing was exported"

@@ -14,6 +14,7 @@ from modeling.decoder import MesokurtForCausalLM
 from modeling.folders import resolve
 from modeling.to_stock import to_stock
 from quant.export_folder import SHARD_BYTES, appearing, check_tokenizer, copy_tokenizer
+from quant.parity import relative_difference
 
 TOLERANCE = 1e-5
 
@@ -55,8 +56,7 @@ def _parity(model: MesokurtForCausalLM, written: Path) -> tuple[str, float]:
     length = min(64, model.config.max_position_embeddings)
     tokens = torch.randint(model.config.vocab_size, (4, length), generator=generator)
     expected = model(tokens).logits.double()
-    difference = (reloaded(tokens).logits.double() - expected).abs().max() / expected.abs().max()
-    return type(reloaded).__name__, float(difference)
+    return type(reloaded).__name__, relative_difference(reloaded(tokens).logits.double(), expected)
 
 
 @torch.no_grad()

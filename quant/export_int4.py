@@ -27,6 +27,7 @@ from quant.export_folder import (
 )
 from quant.integers import Quantized
 from quant.methods import Options, method_of, prepare_weights
+from quant.parity import relative_difference
 from quant.perplexity import Rows
 from quant.quiet_bars import bars_on_terminals_only
 
@@ -205,8 +206,7 @@ def export_int(
         notes = [*prepared.notes, *copy_tokenizer(hf_dir, folder)]
         check_tokenizer(hf_dir, folder, out)
         with bars_on_terminals_only():
-            reloaded = _logits(_load(folder, kind))
-        difference = float((reloaded - wanted).abs().max() / wanted.abs().max())
+            difference = relative_difference(_logits(_load(folder, kind)), wanted)
         if not difference < TOLERANCE:
             raise UserError(
                 f"export {out}: reloaded logits differ by {difference:.1e} (relative); nothing was exported"

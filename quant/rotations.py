@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from configs.errors import UserError
 from modeling.embeddings import orthogonal_
 from quant.hadamard import hadamard_transform
+from quant.parity import relative_difference
 from quant.restoring import exchange_weight
 from quant.stream import Stream, gain_of, remove_gain
 
@@ -131,7 +132,7 @@ class checked_merge:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:
             return
-        difference = float((sample_logits(self.model) - self.before).abs().max() / self.before.abs().max())
+        difference = relative_difference(sample_logits(self.model), self.before)
         if not difference < PARITY.get(self.model.dtype, 1e-4):
             raise UserError(
                 f"{type(self.model).__name__}: merged rotations change its logits by {difference:.1e} (relative), so its residual "

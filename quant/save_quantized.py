@@ -21,6 +21,7 @@ from quant.export_folder import copy_tokenizer
 from quant.fake_quant import rounded_states
 from quant.fake_weights import rotate_ffn_out
 from quant.methods import Options, Prepared
+from quant.parity import relative_difference
 from quant.perplexity import Rows
 from quant.roles import find_sites
 from quant.rotations import sample_logits
@@ -91,7 +92,7 @@ def save_quantized(
         if source is not None:
             copy_tokenizer(source, partial)
         (partial / RECORD).write_text(json.dumps(recorded, indent=1, default=str) + "\n")
-        difference = float((sample_logits(load_whole(partial)) - expected).abs().max() / expected.abs().max())
+        difference = relative_difference(sample_logits(load_whole(partial)), expected)
         if not difference < TOLERANCE.get(model.dtype, 1e-4):
             raise UserError(f"{out}: reloaded logits differ by {difference:.1e} (relative); nothing was written")
         partial.rename(out)

@@ -19,6 +19,7 @@ from modeling.config import MesokurtConfig
 from modeling.folders import write_manifest
 from modeling.hooks import INNER_KINDS, build, inner_spec
 from modeling.initializers import keyed_generator
+from modeling.router_residual import SharedGate
 from training.conversion import Cut, Groups, cut_tensor, moe_options
 
 FFN_TENSOR = re.compile(r"^(?P<state>(?:\w+/)?)(?P<layer>model\.layers\.(?P<index>\d+)\.mlp)\.(?P<leaf>.+)$")
@@ -50,10 +51,11 @@ def _shape_of(leaf: str, groups: Groups) -> tuple[int, int]:
     return (1, neurons) if leaf.startswith("down_proj") else (neurons, 1)
 
 
-def new_routers(config: MesokurtConfig, layers: int) -> dict[str, Tensor]:
-    """Fresh router weights and buffers by name, as the initializer would draw them from (seed, name); zero for shared experts' gates."""
+def new_routers(config: MesokurtConfig, layers: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Fresh parameters, and buffers, of routers and shared experts' gates by name, as the initializer would draw them from (seed, name)."""
     options = config.ffn["options"]
-    tensors: dict[str, Tensor] = {}
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
     for layer in range(layers):
         router = build(
             INNER_KINDS["router"],
@@ -62,24 +64,26 @@ def new_routers(config: MesokurtConfig, layers: int) -> dict[str, Tensor]:
             experts=options["experts"],
             active=options["active"],
         )
-        prefix = f"model.layers.{layer}.mlp.router"
-        with torch.no_grad():
-            for leaf, parameter in router.named_parameters():
-                router.initial_fill_(leaf, parameter, keyed_generator(config.seed, f"{prefix}.{leaf}"))
-        tensors |= {f"{prefix}.{leaf}": value.detach().clone() for leaf, value in router.state_dict().items()}
+        modules = {"router": router}
         if options["shared_gate"]:
-            tensors[f"model.layers.{layer}.mlp.shared_gate.weight"] = torch.zeros(1, config.hidden_size)
-    return tensors
+            modules["shared_gate"] = SharedGate(config.hidden_size, options["shared_experts"])
+        for part, module in modules.items():
+            prefix, learned = f"model.layers.{layer}.mlp.{part}", dict(module.named_parameters())
+            with torch.no_grad():
+                for leaf, parameter in learned.items():
+                    module.initial_fill_(leaf, parameter, keyed_generator(config.seed, f"{prefix}.{leaf}"))
+            for leaf, value in module.state_dict().items():
+                (parameters if leaf in learned else buffers)[f"{prefix}.{leaf}"] = value
+    return parameters, buffers
 
 
-def router_states(routers: dict[str, Tensor], states: dict[str, Tensor]) -> dict[str, Tensor]:
-    """AdamW's memory of routers that never stepped: zero moments, and the step count of everything else."""
+def router_states(parameters: dict[str, Tensor], states: dict[str, Tensor]) -> dict[str, Tensor]:
+    """AdamW's memory of parameters that never stepped: zero moments, and the step count of everything else."""
     steps = [value for name, value in states.items() if name.startswith("step/")]
     found: dict[str, Tensor] = {}
-    for name, weight in routers.items():
-        if steps and not name.endswith((".bias", ".share", ".tau", ".hard")):
-            found |= {f"{key}/{name}": torch.zeros_like(weight) for key in ROUTER_STATES}
-            found[f"step/{name}"] = steps[0].clone()
+    for name, weight in parameters.items() if steps else ():
+        found |= {f"{key}/{name}": torch.zeros_like(weight) for key in ROUTER_STATES}
+        found[f"step/{name}"] = steps[0].clone()
     return found
 
 
@@ -125,17 +129,17 @@ def convert_folder(
     weights = _read(source / "model.safetensors")
     layers = int(config.num_hidden_layers)
     groups = [group(_leaves(weights, layer), layer) for layer in range(layers)]
-    routers = new_routers(config, layers)
+    parameters, buffers = new_routers(config, layers)
     partial = target.with_name(f".partial-{target.name}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*REWRITTEN))
         config.save_pretrained(partial)
-        whole = cut_all(weights.items(), groups) | routers
+        whole = cut_all(weights.items(), groups) | parameters | buffers
         save_file(whole, partial / "model.safetensors", metadata={"format": "pt"})
         if (source / "optimizer.safetensors").is_file():
             states = _read(source / "optimizer.safetensors")
-            converted = cut_all(states.items(), groups) | router_states(routers, states)
+            converted = cut_all(states.items(), groups) | router_states(parameters, states)
             save_file(converted, partial / "optimizer.safetensors")
         write_manifest(partial)
         partial.rename(target)

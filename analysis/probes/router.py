@@ -48,10 +48,7 @@ class RouterTelemetry(Probe):
         self.shape = (0, 0)
 
     def declare(self, layers: int, experts: int) -> None:
-        """Per layer and expert: slots; per layer: tokens, entropy, wanted slots; per expert: places, kurtosis, inactive share.
-
-        And per layer the largest score.
-        """
+        """Slots by layer and expert; tokens, entropy, wanted slots, largest score by layer; places, kurtosis, inactive share by expert."""
         for name, shape in (("load", (layers, experts)), ("routed", (layers, 3)), ("hidden", (layers, experts, 4))):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("largest", torch.zeros(layers, dtype=torch.float64), dist_reduce_fx="max")

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from launch.options import CALIBRATION_ROWS, check_counts
 
 EXAMPLE = "mesokurt evaluate runs/quickstart --text README.md --bits 4-8-16 4-4-4 --method rtn gptq --tasks all --task-data synthetic"
 RESULTS = "measurements.json"
 MOST_TOKENS = 2048
-ROWS, CALIBRATION_ROWS = 64, 128
+ROWS = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,13 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--results", type=Path, metavar="FILE", help=f"where results are kept and reused (default: {RESULTS} of a run)")
 
 
-def _check_counts(arguments: argparse.Namespace) -> None:
-    for name in ("limit", "calibration_rows", "group_size", "batch_size", "rows"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1", exit_code=2)
-
-
 def _check_use(arguments: argparse.Namespace, calibrated: bool) -> None:
     """Refuse options that would do nothing."""
     a, text = arguments, arguments.text is not None or arguments.dataset is not None
@@ -92,7 +86,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     from quant.methods import Options, method_of
     from training.run_directory import environment
 
-    _check_counts(arguments)
+    check_counts(arguments, "limit", "calibration_rows", "group_size", "batch_size", "rows")
     settings = [Bits.parse(text) for text in arguments.bits] if arguments.bits else list(LADDER)
     methods = list(dict.fromkeys(arguments.method or DEFAULT_METHODS))
     calibrated = any(method.calibrated for method in map(method_of, methods))

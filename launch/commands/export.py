@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from launch.options import CALIBRATION_ROWS, check_counts, word
 
 EXAMPLE = "mesokurt export runs/quickstart --format compressed-tensors --method gptq --out exported"
 FORMATS = {
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--dtype", choices=["bfloat16", "float32"], help="compressed-tensors: scales and the rest (default: bfloat16)")
     add("--calibration", type=Path, metavar="FILE", help="gptq: text (default: the run's own training rows)")
-    add("--calibration-rows", type=int, metavar="N", help="gptq: how much of it (default: 128)")
+    add("--calibration-rows", type=int, metavar="N", help=f"gptq: how much of it (default: {CALIBRATION_ROWS})")
     add("--license", help="licence named in the model card (default: the run's export.license, else unknown)")
     add("--push", metavar="USER/REPO", help="upload the folder to the Hub, private unless --public")
     add("--public", action="store_true", help="with --push: a repository that everybody can read")
@@ -76,16 +77,13 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--public and --dry-run belong to --push USER/REPO", exit_code=2)
     if arguments.out is None and arguments.push is None:
         raise UserError("--out DIR is missing: the folder to write", exit_code=2)
-    given = [name for name in (*PACKING, "calibration", "calibration_rows") if getattr(arguments, name) is not None]
-    words = [f"--{name.replace('_', '-')}" for name in given]
-    if arguments.out is None and (words or arguments.format or arguments.license):
+    options = (*PACKING, "calibration", "calibration_rows")
+    given = [word(name) for name in options if getattr(arguments, name) is not None]
+    if arguments.out is None and (given or arguments.format or arguments.license):
         raise UserError("--out DIR is missing: an exported folder is uploaded as it is", exit_code=2)
-    if words and arguments.format != "compressed-tensors":
-        raise UserError(f"{words[0]} belongs to --format compressed-tensors", exit_code=2)
-    for name, word in zip(given, words, strict=True):
-        value = getattr(arguments, name)
-        if name in ("group_size", "calibration_rows") and value < 1:
-            raise UserError(f"{word} {value}: must be at least 1", exit_code=2)
+    if given and arguments.format != "compressed-tensors":
+        raise UserError(f"{given[0]} belongs to --format compressed-tensors", exit_code=2)
+    check_counts(arguments, "group_size", "calibration_rows")
 
 
 def _push_again(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -126,7 +124,7 @@ def _wish(arguments: argparse.Namespace, source: Path) -> Any:
     config = read_run_files(run_dir).config
     calibration, method = None, arguments.method or "rtn"
     if method_of(method).calibrated:
-        window, rows = _context(source), arguments.calibration_rows or 128
+        window, rows = _context(source), arguments.calibration_rows or CALIBRATION_ROWS
         calibration = calibration_rows(str(run_dir or source), arguments.calibration, str(source), window, rows)
         if calibration is None:
             raise UserError(f"--method {method}: nothing to calibrate on; give --calibration FILE")

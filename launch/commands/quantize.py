@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from launch.options import CALIBRATION_ROWS, check_counts
 
 EXAMPLE = "mesokurt quantize runs/quickstart --bits 4-4-4 --method quarot --explain --out quantized"
 MOST_TOKENS = 2048
@@ -46,7 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the rotations (default: %(default)s)")
     add("--steps", type=int, default=100, help="spinquant: steps of learning (default: %(default)s)")
     add("--calibration", type=Path, metavar="FILE", help="text to calibrate on (default: the run's own training rows)")
-    add("--calibration-rows", type=int, default=128, metavar="N", help="how much of it (default: %(default)s)")
+    add(
+        "--calibration-rows",
+        type=int,
+        default=CALIBRATION_ROWS,
+        metavar="N",
+        help="how much of it (default: %(default)s)",
+    )
     add("--text", type=Path, metavar="FILE", help="text to measure the loss on (default: the run's own held-out rows)")
     add("--rows", type=int, default=32, help="how many rows of it (default: %(default)s)")
     add("--window", type=int, help="tokens per row of text (default: the model's context, at most 2048)")
@@ -59,10 +66,7 @@ def _options(arguments: argparse.Namespace) -> Any:
     from quant.learned_rotations import LearningSettings
     from quant.methods import Options
 
-    for name in ("group_size", "calibration_rows", "rows", "steps"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1", exit_code=2)
+    check_counts(arguments, "group_size", "calibration_rows", "rows", "steps")
     if not 0 <= arguments.damp < 1:
         raise UserError(f"--damp {arguments.damp}: must be at least 0 and below 1", exit_code=2)
     return Options(
