@@ -59,23 +59,16 @@ class Process:
         host = f"{boot.read_text().strip() if boot.exists() else ''}:{numbering.stat().st_ino if numbering.exists() else 0}"
         return cls(host, os.getpid(), psutil.Process().create_time())
 
-    def kill(self, seconds_to_dump: float) -> None:
-        """End this process, if it is on the caller's host and still the same one; before that, let it write its stacks.
-
-        A stopped process gets SIGUSR2 (see `training.watchdog`) as soon as it is continued.
-        """
+    def found(self) -> psutil.Process | None:
+        """This process, if it is another one than the caller, on the caller's host, and has not ended."""
         if self.host != Process.this().host or self.pid == os.getpid():
-            return
+            return None
         try:
             process = psutil.Process(self.pid)
-            if process.create_time() == self.created:
-                process.send_signal(signal.SIGUSR2)
-                process.resume()
-                process.wait(seconds_to_dump)
-        except psutil.TimeoutExpired:
-            process.kill()
+            lives = process.create_time() == self.created and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
-            return  # it is gone already
+            return None
+        return process if lives else None
 
 
 class Heartbeat:
@@ -92,6 +85,7 @@ class Heartbeat:
     def __init__(self, store: dist.Store, ranks: RankEnvironment, seconds: float) -> None:
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self.seconds, self.interval = seconds, min(3.0, seconds / 10)
+        self._seconds_to_hear = self.interval + 1.0  # until a verdict has reached every rank that runs
         self.store = dist.PrefixStore("heartbeat", store.clone())  # type: ignore[attr-defined]
         self._keys = [f"beat/{rank}" for rank in range(self.world_size)]
         self.store.set(f"process/{self.rank}", json.dumps(asdict(Process.this())))
@@ -147,9 +141,13 @@ class Heartbeat:
             text = f"nothing was heard from rank {', '.join(map(str, silent))} for {self.seconds:g} s"
             self._tell(Verdict(text, RESTART_EXIT_CODE, True, tuple(silent)))
 
-    def judge(self) -> Verdict | None:
-        """The verdict that was heard, or this rank's own when rank 0 has been silent for too long; never blocks."""
-        if self.verdict is None and time.monotonic() - self.heard > self.seconds:
+    def judge(self, now: float) -> Verdict | None:
+        """The verdict that was heard, or this rank's own when rank 0 has been silent for too long; never blocks.
+
+        `now` is a moment up to which the caller has forgiven what there was to forgive: had this process been stopped since, it would take
+        its own silence for rank 0's.
+        """
+        if self.verdict is None and now - self.heard > self.seconds:
             return self._lost(f"nothing was heard from it for {self.seconds:g} s")
         return self.verdict
 
@@ -169,16 +167,37 @@ class Heartbeat:
             bounded(lambda: self._tell(verdict), timeout_s)
         return self.verdict or verdict
 
-    def kill(self, rank: int, seconds_to_dump: float) -> None:
-        """End a silent rank, if it is on this host."""
-        process = self._processes.get(rank)
-        if process is not None:
-            process.kill(seconds_to_dump)
+    def kill(self, rank: int, verdict: Verdict, seconds_to_dump: float) -> None:
+        """End a silent rank, if it is on this host; before that, let it write its stacks.
+
+        A rank that was stopped is continued and hears the verdict itself: its watchdog writes the stacks and ends it. SIGUSR2 is only for
+        one that still does not end, as some C code keeps the interpreter's lock. Python code that runs may have half-made frames
+        just then, in which the signal's handler crashes (docs/log.md, 2026-11-28).
+        """
+        known = self._processes.get(rank)
+        process = known.found() if known is not None else None
+        if process is None:
+            return
+        # Its last beat may have been stopped behind the look for a verdict: it hears one beat later. If it is rank 0, it
+        # then stays for as long as the others need (`wait_until_heard`). The rest is a tick of its watchdog and the writing.
+        seconds = 2 * self._seconds_to_hear + seconds_to_dump
+        with contextlib.suppress(psutil.Error):  # gone: by itself or, as launchers end ranks too, by another's hand
+            process.resume()
+            # A verdict against rank 0 can be told only now: its process holds the store, in which there may be one already.
+            if self.rank in self.tell(verdict).silent:
+                return
+            for insist in (lambda: process.send_signal(signal.SIGUSR2), process.kill):
+                try:
+                    process.wait(seconds)
+                    return
+                except psutil.TimeoutExpired:
+                    insist()
+                seconds = seconds_to_dump
 
     def wait_until_heard(self, every_rank: bool = False) -> None:
         """Let the other ranks hear the verdict before this one exits: rank 0, whose process holds the store, or every rank."""
         if self.rank == 0 or every_rank:
-            time.sleep(self.interval + 1.0)
+            time.sleep(self._seconds_to_hear)
 
     def end(self) -> None:
         """Stop beating; a collective, after which no rank misses another."""

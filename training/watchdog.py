@@ -1,6 +1,7 @@
 """Ends a run that stands still or has lost a rank, on every rank, and says where each of them was.
 
-Stacks of all threads go to `RUN_DIR/stacks/rank-N.txt`; `kill -USR2 PID` writes them at any time. The exit code is
+Stacks of all threads go to `RUN_DIR/stacks/rank-N.txt`; each rank writes its own, under the interpreter's lock. `kill -USR2 PID`
+writes them without it, for a process in which some C code keeps the lock; one that runs Python code it may crash. The exit code is
 `signals.RESTART_EXIT_CODE`, with which launchers start the run again from its newest checkpoint.
 """
 
@@ -101,8 +102,7 @@ class Watchdog:
             return UserError(own.text, own.exit_code)
         verdict = self.heartbeat.tell(own)
         if verdict.stacks and error is not None:  # the hung rank was gone before this one heard of it
-            self._note(verdict)
-            traceback.print_exception(error, file=self._file)
+            self._note(verdict, *traceback.format_exception(error))
         self.heartbeat.wait_until_heard()
         return UserError(verdict.text, verdict.exit_code)
 
@@ -132,16 +132,15 @@ class Watchdog:
                 if self.heartbeat is not None:
                     self.heartbeat.forgive(late)
             last = now
-            if (
-                self._several
-            ):  # for the case that some C code keeps the interpreter's lock, and with it this thread, for good
+            # For the case that some C code keeps the interpreter's lock, and with it this thread, for good.
+            if self._several:
                 faulthandler.dump_traceback_later(self.settings.hang_seconds + 30, exit=True, file=self._file)
             verdict = self._verdict(now)
             if verdict is not None and not self._ended.is_set():
                 self._give_up(verdict)
 
     def _verdict(self, now: float) -> Verdict | None:
-        found = self.heartbeat.judge() if self.heartbeat is not None else None
+        found = self.heartbeat.judge(now) if self.heartbeat is not None else None
         if found is None and now - self._moved > self.settings.hang_seconds:
             text = f"rank {self.ranks.rank} finished nothing for {self.settings.hang_seconds} s (parallel.hang_seconds)"
             found = Verdict(text, RESTART_EXIT_CODE, True)
@@ -157,14 +156,18 @@ class Watchdog:
         where = f"; stacks in {self.path.parent}" if verdict.stacks else ""
         print(f"error: {verdict.text}; rank {self.ranks.rank} ends{where}", file=sys.stderr, flush=True)
         if self.heartbeat is not None:
-            for rank in verdict.silent:
-                self.heartbeat.kill(rank, SECONDS_TO_DUMP)
+            # One that was silent itself leaves the rest to those who found it: two of them would wait for each other's end.
+            found = self.ranks.rank not in verdict.silent
+            for rank in verdict.silent if found else ():
+                self.heartbeat.kill(rank, verdict, SECONDS_TO_DUMP)
             # An end breaks the collective in which the others wait; where they waited is to be seen first.
-            self.heartbeat.wait_until_heard(every_rank=verdict.stacks)
+            self.heartbeat.wait_until_heard(every_rank=verdict.stacks and found)
         os._exit(verdict.exit_code)
 
-    def _note(self, verdict: Verdict) -> None:
-        print(f"{time.strftime('%F %T')} rank {self.ranks.rank}: {verdict.text}", file=self._file, flush=True)
+    def _note(self, verdict: Verdict, *lines: str) -> None:
+        """Written through at once: the thread of `_give_up` may end this process at any moment."""
+        header = f"{time.strftime('%F %T')} rank {self.ranks.rank}: {verdict.text}\n"
+        print(header, *lines, sep="", end="", file=self._file, flush=True)
 
 
 def _line(error: BaseException | None) -> str:
