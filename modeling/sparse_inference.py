@@ -95,6 +95,7 @@ class SparseFFN(nn.Module):
         if threshold < 0.0:
             raise HookError(f"threshold {threshold}: must be at least 0")
         self.act_fn, self.threshold, self.predictor = dense.act_fn, threshold, predictor
+        self.per_neuron = any(parameter.numel() > 1 for parameter in dense.act_fn.parameters())
         inner = [dense.gate_proj, dense.up_proj] if isinstance(dense, GatedFFN) else [dense.up_proj]
         self.first = inner[0].weight
         self.second = inner[1].weight if len(inner) > 1 else None
@@ -122,7 +123,11 @@ class SparseFFN(nn.Module):
             hidden = activated.index_select(0, index)
         else:
             index = self.predictor(x)
-            hidden = self.act_fn(self.first.index_select(0, index) @ x)
+            z = self.first.index_select(0, index) @ x
+            if self.per_neuron:  # such an activation wants each neuron in its place
+                hidden = self.act_fn(z.new_zeros(len(self.first)).index_copy_(0, index, z)).index_select(0, index)
+            else:
+                hidden = self.act_fn(z)
         if self.second is not None:
             hidden = hidden * (self.second.index_select(0, index) @ x)
         if self.threshold:

@@ -14,7 +14,7 @@ from modeling.sparse_inference import LowRankPredictor, SparseFFN, sparsify
 from tests.modeling.small import roughen, small_model, tokens
 
 
-def relu_model(ffn: str, activation: str = "relu") -> MesokurtForCausalLM:
+def relu_model(ffn: str, activation: Any = "relu") -> MesokurtForCausalLM:
     return roughen(small_model(ffn=ffn, activation=activation))
 
 
@@ -82,6 +82,22 @@ def test_a_full_rank_predictor_loses_nothing_and_a_low_rank_one_keeps_its_recall
         kept += len(active & set(low(token).tolist()))
         wanted += len(active)
     assert kept / wanted == pytest.approx(0.95, abs=0.02)  # 300 of the 4000 tokens that the bias was set on
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("predicted", [False, True])
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_a_threshold_of_its_own_for_every_neuron_stays_with_its_neuron(ffn: str, predicted: bool) -> None:
+    activation = {"name": "jumprelu", "options": {"per": "channel"}}
+    dense: Any = relu_model(ffn, activation).model.layers[0].mlp.double()
+    dense.act_fn.log_threshold.copy_(torch.linspace(-4, 1, 40))
+    weight = dense.gate_proj.weight if ffn == "swiglu" else dense.up_proj.weight
+    inputs = 5 * torch.randn(200, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    predictor = LowRankPredictor.fit(weight, inputs, rank=24, recall=1.0) if predicted else None
+    sparse = SparseFFN(dense, predictor=predictor)
+    for x in inputs[:5].view(5, 1, 1, 24):
+        assert 0 < len(sparse.active(x.flatten())[0]) < 40
+        assert torch.allclose(sparse(x), dense(x), atol=1e-12)  # float64, other order of sums
 
 
 def test_what_cannot_decode_sparsely_is_refused_and_left_alone() -> None:
