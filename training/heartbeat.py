@@ -93,6 +93,7 @@ class Heartbeat:
         self._beating: set[int] = set()
         self.verdict: Verdict | None = None
         self.heard = time.monotonic()
+        self._looked = self.heard
         self._changed = [self.heard] * self.world_size
         self._counts = [b""] * self.world_size
         self._processes: dict[int, Process] = {}
@@ -130,6 +131,9 @@ class Heartbeat:
 
     def _look_at_all(self) -> None:
         now = time.monotonic()
+        # While this process was stopped or starved it saw no beats: if the whole job was suspended, there were none to be seen.
+        unseen = max(0.0, now - self._looked - 2 * self.interval)
+        self._looked, self._changed = now, [changed + unseen for changed in self._changed]
         missing = set(range(self.world_size)) - self._beating
         self._beating |= {rank for rank in missing if self.store.check([self._keys[rank]])}
         known = sorted(self._beating)

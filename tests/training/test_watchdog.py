@@ -86,6 +86,21 @@ def test_a_stopped_rank_is_found_by_its_missing_beats_and_ended(victim: int, fol
     assert all("nothing was heard from" in stack and "loop.py" in stack for stack in run.stacks())
 
 
+def test_a_job_that_was_suspended_as_a_whole_goes_on(folder: Path) -> None:
+    """As by `scontrol suspend`: by the clock every rank was silent for longer than the heartbeat allows, and none of them is lost."""
+    run = Run(folder, "suspended", "parallel.heartbeat_seconds=4")
+    run.wait_for_steps(2)
+    # The second wait is for a wrong verdict to be told and carried out.
+    for number, seconds in ((signal.SIGSTOP, 8.0), (signal.SIGCONT, 6.0)):
+        for rank in run.ranks:
+            _signal(rank, number)
+        time.sleep(seconds)
+    run.wait_for_steps(len(read_metrics(run.dir / "metrics.jsonl")) + 2)
+    assert [rank.is_alive() for rank in run.ranks] == [True, True], run.log.read_text()
+    for rank in run.ranks:
+        rank.kill()
+
+
 def test_ranks_that_stand_still_write_their_stacks_and_end(folder: Path) -> None:
     run = Run(folder, "still", "parallel.hang_seconds=6", "train.objective=tests.training.misbehaving:StandsStill")
     assert run.exit_codes() == [RESTART_EXIT_CODE, RESTART_EXIT_CODE], run.log.read_text()
