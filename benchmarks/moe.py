@@ -14,6 +14,9 @@ Tokens are `new` for every layer in every round, as they are in training: an exp
 what it built for a size of product, builds anew unless sizes are rounded. With `repeated` tokens, the same for all layers, nothing is built
 in a timed round.
 
+Beside the layers runs a floor: the nine matrix products of every expert in bfloat16, with even loads, and nothing else. The fastest rival's
+time over it is the largest speed-up that there could be with these products.
+
 Two ways to train in bfloat16: `parameters` are bfloat16 themselves, or `autocast` over float32 parameters (what Mesokurt's trainer does;
 transformers' grouped form then computes in float32, as it ships).
 """
@@ -23,6 +26,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +98,27 @@ def seconds_of(layer: nn.Module, x: Tensor, upstream: Tensor, autocast: bool) ->
     return time.process_time() - begin
 
 
+def products_of(shape: tuple[int, int, int, int, int]) -> Callable[[], float]:
+    """CPU seconds of the matrix products of one forward and backward of gated experts, and nothing else."""
+    tokens, width, experts, active, expert_width = shape
+    rows = tokens * active // experts
+    wide, narrow = (torch.randn(rows, size).to(torch.bfloat16) for size in (width, expert_width))
+    stacks = [torch.randn(experts, expert_width, width).to(torch.bfloat16) for _ in range(3)]
+    to_narrow, to_wide = torch.empty_like(narrow), torch.empty_like(wide)
+    gradients = [torch.empty_like(stack) for stack in stacks]
+
+    def call() -> float:
+        begin = time.process_time()
+        for expert in range(experts):
+            for stack, gradient in zip(stacks, gradients, strict=True):  # its forward, its input's gradient, its own
+                torch.mm(wide, stack[expert].t(), out=to_narrow)
+                torch.mm(narrow, stack[expert], out=to_wide)
+                torch.mm(narrow.t(), wide, out=gradient[expert])
+        return time.process_time() - begin
+
+    return call
+
+
 def measure_shape(shape: tuple[int, int, int, int, int], autocast: bool, kind: str, rounds: int) -> dict[str, Any]:
     """Times and speed-ups of one shape, and how far the outputs lie apart."""
     tokens, width, experts, active, expert_width = shape
@@ -115,23 +140,31 @@ def measure_shape(shape: tuple[int, int, int, int, int], autocast: bool, kind: s
     wanted = outputs["mixtral eager"]
     apart = {name: float((y - wanted).norm() / wanted.norm()) for name, y in outputs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in layers}
+    floor, products = [], products_of(shape)
     for number in range(rounds + WARM_UP[kind]):
         for name, layer in layers.items():
             for _ in range(2):  # the first finds the last layer's blocks in the allocator, and is not counted
                 elapsed = seconds_of(layer, x if kind == "repeated" else torch.randn_like(x), upstream, autocast)
             if number >= WARM_UP[kind]:
                 seconds[name].append(elapsed)
+        products()
+        if number >= WARM_UP[kind]:
+            floor.append(products())
     mine = seconds.pop("mesokurt")
-    ratios = {
-        name: statistics.median(theirs / own for theirs, own in zip(times, mine, strict=True))
-        for name, times in seconds.items()
-    }
+
+    def over(base: list[float]) -> dict[str, float]:
+        return {n: statistics.median(a / b for a, b in zip(times, base, strict=True)) for n, times in seconds.items()}
+
+    ratios = over(mine)
     return {
         "tokens": tokens, "width": width, "experts": experts, "active": active, "expert_width": expert_width,
-        "milliseconds": {n: 1e3 * statistics.median(t) for n, t in {"mesokurt": mine, **seconds}.items()},
+        "milliseconds": {
+            n: 1e3 * statistics.median(t) for n, t in {"mesokurt": mine, "products alone": floor, **seconds}.items()
+        },
         "relative_difference_to_mixtral_eager": apart,
         "speed_up_over": ratios,
         "speed_up_over_the_fastest": min(ratios.values()),
+        "speed_up_if_there_were_only_products": min(over(floor).values()),
     }  # fmt: skip
 
 

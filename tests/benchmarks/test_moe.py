@@ -19,4 +19,5 @@ def test_every_rival_is_timed_on_the_same_outputs(monkeypatch: pytest.MonkeyPatc
             f"{m} {f}" for m in ("mixtral", "olmoe") for f in ("eager", "grouped_mm")
         }
         assert found["speed_up_over_the_fastest"] == min(found["speed_up_over"].values()) > 0
+        assert found["speed_up_if_there_were_only_products"] > 0
         assert max(found["relative_difference_to_mixtral_eager"].values()) < 0.2
