@@ -36,7 +36,7 @@ from configs.loading import dump_config, load_config
 from modeling.folders import checkpoints, fault
 from training.metrics import Row, read_metrics
 from training.run_directory import environment
-from training.signals import RESTART_EXIT_CODE
+from training.signals import REQUEUE_EXIT_CODE, RESTART_EXIT_CODE
 
 BOUND_S = 60.0
 STAGES = (0, 1)
@@ -168,9 +168,8 @@ class Soak:
             return 0
         os.kill(pid, signal.SIGKILL)
         begin = time.monotonic()
-        ranks[
-            1 - victim
-        ].terminate()  # as torchrun and deepspeed do when a rank has died; they send KILL after 30 s more
+        # As torchrun and deepspeed do when a rank has died; they send KILL after 30 s more.
+        ranks[1 - victim].terminate()
         ranks[1 - victim].join(BOUND_S)
         tally, code = self.tally, ranks[1 - victim].exitcode
         tally.trials += 1
@@ -180,6 +179,8 @@ class Soak:
         tally.seconds_to_exit.append(round(time.monotonic() - begin, 2))
         tally.hangs += code is None
         tally.exit_codes[-1 if code is None else code] += 1
+        if code not in (0, REQUEUE_EXIT_CODE, RESTART_EXIT_CODE):
+            print(f"exit code {code}: {(self.folder / f'{name}.log').read_text()[-3000:]}", file=sys.stderr, flush=True)
         for rank in ranks:
             rank.kill()
             rank.join()

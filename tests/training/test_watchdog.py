@@ -102,7 +102,7 @@ def test_a_job_that_was_suspended_as_a_whole_goes_on(folder: Path) -> None:
 
 
 def test_ranks_that_stand_still_write_their_stacks_and_end(folder: Path) -> None:
-    run = Run(folder, "still", "parallel.hang_seconds=6", "train.objective=tests.training.misbehaving:StandsStill")
+    run = Run(folder, "still", "parallel.hang_seconds=12", "train.objective=tests.training.misbehaving:StandsStill")
     assert run.exit_codes() == [RESTART_EXIT_CODE, RESTART_EXIT_CODE], run.log.read_text()
     waiting, hung = run.stacks()
     assert "go_wrong" in hung
