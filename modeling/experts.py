@@ -57,6 +57,12 @@ def mixes_tokens(activation: nn.Module | type) -> bool:
     return bool(getattr(activation, "mixes_tokens", False) or getattr(activation, "sees_mask", False))
 
 
+def known_pullback(activation: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The activation's `pullback`, if it stands beside its `forward`: a subclass that overrides only that inherits a wrong one."""
+    owner = next(base for base in type(activation).__mro__ if "forward" in vars(base))
+    return activation.pullback if "pullback" in vars(owner) else None  # type: ignore[return-value]
+
+
 class Experts(nn.Module):
     """E feed-forward networks as stacks `[E, out, in]`: `W_down(act(W_gate x) * W_up x)`, or `W_down act(W_up x)` when not gated.
 
@@ -113,7 +119,7 @@ class Experts(nn.Module):
         gate = None if self.gate_proj is None else self.gate_proj.to(x.dtype)
         up, down = self.up_proj.to(x.dtype), self.down_proj.to(x.dtype)
         if self._fusible(x):
-            return fused_experts(x, weights, gate, up, down, plan, self._activation())
+            return fused_experts(x, weights, gate, up, down, plan, self._activation(), known_pullback(self.act_fn))
         tokens = x.index_select(0, plan.rows)
         if has_grouped(x):
             ends = plan.counts.cumsum(0).int()

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from .dispatch import Plan
 
 Activation = Callable[[Tensor], Tensor]
+Pullback = Callable[[Tensor, Tensor], Tensor]
 TINY = 1e-20
 
 
@@ -71,12 +72,30 @@ def padded(values: Tensor, dtype: torch.dtype) -> Tensor:
     return F.pad(values, (0, size_step(len(values), dtype) - 1))
 
 
+def with_pullback(act: Activation, known: Pullback | None, x: Tensor) -> tuple[Tensor, Activation]:
+    """`act(x)` and what maps a gradient in it to one in x: the known pullback, which has no graph to build, or autograd's."""
+    if known is not None:
+        return act(x), lambda upstream: known(upstream, x)
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        value = act(leaf)
+    return value.detach(), lambda upstream: torch.autograd.grad(value, leaf, upstream)[0]
+
+
 class FusedExperts(torch.autograd.Function):
     """`y_n = sum_s w_s W_down(act(W_gate x_n) * W_up x_n)` over the places s of token n; without W_gate: `W_down act(W_up x_n)`."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, plan: Plan, act: Activation
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        gate: Tensor | None,
+        up: Tensor,
+        down: Tensor,
+        plan: Plan,
+        act: Activation,
+        pullback: Pullback | None,
     ) -> Tensor:
         """Tokens `[N, D]`, a weight per place `[S]`, stacks `[E, F, D]` and `[E, D, F]` -> `[N, D]`."""
         parts = groups(plan, x.dtype)
@@ -93,7 +112,7 @@ class FusedExperts(torch.autograd.Function):
                 hidden = hidden * torch.mm(tokens, into_second[e], out=part.of(second))
             torch.mm(hidden, back[e], out=part.of(outputs))
         ctx.save_for_backward(x, weights, gate, up, down, first, second)
-        ctx.plan, ctx.act, ctx.parts = plan, act, parts
+        ctx.plan, ctx.act, ctx.pullback, ctx.parts = plan, act, pullback, parts
         return gathered_sum(outputs, plan, weights)
 
     @staticmethod
@@ -118,17 +137,14 @@ class FusedExperts(torch.autograd.Function):
             tokens = x.index_select(0, part.of(rows))
             d_output = dy.index_select(0, part.of(rows)).mul_(part.of(factors))
             d_output[part.load :] = 0.0  # places that are not this expert's
-            with torch.enable_grad():
-                leaf = part.of(first).detach().requires_grad_()
-                activated = ctx.act(leaf)
-            value = activated.detach()
+            value, pull = with_pullback(ctx.act, ctx.pullback, part.of(first))
             hidden = value if second is None else value * part.of(second)
             torch.mm(d_output.t(), hidden, out=d_down[e])
             d_hidden = d_output @ down[e]
             own = d_weights.narrow(0, part.start, part.load)
             torch.sum((hidden * d_hidden)[: part.load], -1, dtype=own.dtype, out=own)
             d_activated = d_hidden if second is None else d_hidden * part.of(second)
-            (d_first,) = torch.autograd.grad(activated, leaf, d_activated)
+            d_first = pull(d_activated)
             torch.mm(d_first.t(), tokens, out=d_inner[e])
             torch.mm(d_first, inner[e], out=part.of(d_tokens))
             if d_up is not None:
@@ -136,13 +152,20 @@ class FusedExperts(torch.autograd.Function):
                 torch.mm(d_second.t(), tokens, out=d_up[e])
                 part.of(d_tokens).addmm_(d_second, up[e])
         gradients = (None, d_inner) if gate is None else (d_inner, d_up)
-        return gathered_sum(d_tokens, plan), d_weights.div_(scale), *gradients, d_down, None, None
+        return gathered_sum(d_tokens, plan), d_weights.div_(scale), *gradients, d_down, None, None, None
 
 
 @torch.compiler.disable
 def fused_experts(
-    x: Tensor, weights: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, plan: Plan, act: Activation
+    x: Tensor,
+    weights: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    plan: Plan,
+    act: Activation,
+    pullback: Pullback | None = None,
 ) -> Tensor:
     """`FusedExperts` on tensors of one dtype (`weights` may be wider); compiled networks run it as it is."""
-    output: Tensor = FusedExperts.apply(x, weights, gate, up, down, plan, act)
+    output: Tensor = FusedExperts.apply(x, weights, gate, up, down, plan, act, pullback)
     return output

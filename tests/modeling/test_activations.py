@@ -1,8 +1,9 @@
-"""CRReLU, JumpReLU and top-k against their formulas, exact moments and gradients."""
+"""CRReLU, JumpReLU and top-k against their formulas, exact moments and gradients; pullbacks against autograd."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from modeling.activation_crrelu import CRReLU, bump
 from modeling.activation_thresholds import JumpReLU, TopK
+from modeling.activations import GELU, ReLU, ReLU2, SiLU
+from modeling.experts import known_pullback
 from modeling.hooks import KINDS, HookError, build, check
 from tests.modeling.small import small_model, tokens
 
@@ -127,3 +130,24 @@ def test_learned_scalars_start_where_their_options_say() -> None:
     model = small_model(activation=spec)
     assert all(torch.equal(layer.mlp.act_fn.eps, torch.full((40,), 0.25)) for layer in model.model.layers)
     assert torch.isfinite(model(tokens(1, 4)).logits).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", [SiLU, GELU, ReLU, ReLU2])
+def test_pullbacks_are_autograd_bit_for_bit(kind: Any, dtype: torch.dtype) -> None:
+    """Also at 0, where ReLU has its corner, and on both its sides."""
+    draws = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([torch.tensor([0.0, -0.0, 1e-20, -1e-20]), draws[0]]).to(dtype).requires_grad_()
+    upstream, activation = torch.cat([draws[1], draws[1, :4]]).to(dtype), kind()
+    (wanted,) = torch.autograd.grad(activation(x), x, upstream)
+    assert torch.equal(activation.pullback(upstream, x.detach()), wanted)
+
+
+def test_an_inherited_pullback_is_not_taken_for_another_forward() -> None:
+    class Shifted(SiLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - 1.0)
+
+    assert known_pullback(SiLU()) is not None
+    assert known_pullback(Shifted()) is None
+    assert known_pullback(TopK(k=4)) is None
