@@ -84,7 +84,7 @@ class Watchdog:
         """
         try:
             if error is None and self.heartbeat is not None:
-                self.heartbeat.end()
+                error = self._part(self.heartbeat)
             self._ended.set()
             if is_peer_loss(error):
                 raise self._agreed(error) from None
@@ -94,6 +94,16 @@ class Watchdog:
                 self.heartbeat.wait_until_heard()
         finally:
             self._close()
+
+    def _part(self, heartbeat: Heartbeat) -> RuntimeError | None:
+        """Leave the other ranks; the error of a peer that died on the way out."""
+        try:
+            heartbeat.end()
+        except RuntimeError as error:
+            if not is_peer_loss(error):
+                raise
+            return error
+        return None
 
     def _agreed(self, error: BaseException | None) -> UserError:
         hung = "time" in str(error).lower()  # the peer may be there and stand still; a dead one closes its connections

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed import distributed_c10d
 
 from configs.errors import UserError
 from training.data.samplers import Shuffled
+from training.heartbeat import Heartbeat
 from training.objectives.loss import Loss
 from training.objectives.next_token import NextToken
 
@@ -50,6 +52,15 @@ class Fails(_FromThirdStep):
     def go_wrong(self) -> None:
         """Raise what a user can mend."""
         raise UserError("the third batch is not edible")
+
+
+class DiesOnTheWayOut(NextToken):
+    """Rank 1 is killed when all is done and the ranks part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        if os.environ.get("RANK") == "1":
+            Heartbeat.end = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, method-assign]
 
 
 class TellsTimeouts(_FromThirdStep):

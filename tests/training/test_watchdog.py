@@ -76,6 +76,13 @@ def test_a_killed_rank_ends_the_others_at_once(stage: int, victim: int, folder: 
     assert "Traceback" not in run.log.read_text()
 
 
+def test_a_rank_killed_on_the_way_out_is_a_lost_peer_too(folder: Path) -> None:
+    """The other waits for it in the last barrier; code 1 would tell the launcher that a restart is of no use."""
+    run = Run(folder, "parting", "train.steps=3", "train.objective=tests.training.misbehaving:DiesOnTheWayOut")
+    assert run.exit_codes() == [RESTART_EXIT_CODE, -signal.SIGKILL], run.log.read_text()
+    assert "Traceback" not in run.log.read_text()
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_rank_is_found_by_its_missing_beats_and_ended(victim: int, folder: Path) -> None:
     """Nothing closes and the collective may wait for ten minutes; the stopped rank is continued, tells where it was, and ends."""
