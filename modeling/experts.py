@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .config import MesokurtConfig
 from .dispatch import Plan
 from .expert_exchange import through_owners
-from .experts_fused import fused_experts
+from .experts_fused import Activation, fused_experts
 from .hooks import KINDS, HookError, build
 from .initializers import truncated_normal_
 
@@ -58,9 +58,8 @@ def mixes_tokens(activation: nn.Module | type) -> bool:
 
 
 def known_pullback(activation: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The activation's `pullback`, if it stands beside its `forward`: a subclass that overrides only that inherits a wrong one."""
-    owner = next(base for base in type(activation).__mro__ if "forward" in vars(base))
-    return activation.pullback if "pullback" in vars(owner) else None  # type: ignore[return-value]
+    """The `pullback` of an activation's own class: one that is inherited may belong to another `forward`."""
+    return getattr(activation, "pullback", None) if "pullback" in vars(type(activation)) else None
 
 
 class Experts(nn.Module):
@@ -119,7 +118,8 @@ class Experts(nn.Module):
         gate = None if self.gate_proj is None else self.gate_proj.to(x.dtype)
         up, down = self.up_proj.to(x.dtype), self.down_proj.to(x.dtype)
         if self._fusible(x):
-            return fused_experts(x, weights, gate, up, down, plan, self._activation(), known_pullback(self.act_fn))
+            activation = Activation(self._activation(), known_pullback(self.act_fn))
+            return fused_experts(x, weights, gate, up, down, plan, activation)
         tokens = x.index_select(0, plan.rows)
         if has_grouped(x):
             ends = plan.counts.cumsum(0).int()

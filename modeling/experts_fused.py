@@ -16,8 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import Plan
 
-Activation = Callable[[Tensor], Tensor]
-Pullback = Callable[[Tensor, Tensor], Tensor]
 TINY = 1e-20
 
 
@@ -72,14 +70,21 @@ def padded(values: Tensor, dtype: torch.dtype) -> Tensor:
     return F.pad(values, (0, size_step(len(values), dtype) - 1))
 
 
-def with_pullback(act: Activation, known: Pullback | None, x: Tensor) -> tuple[Tensor, Activation]:
-    """`act(x)` and what maps a gradient in it to one in x: the known pullback, which has no graph to build, or autograd's."""
-    if known is not None:
-        return act(x), lambda upstream: known(upstream, x)
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        value = act(leaf)
-    return value.detach(), lambda upstream: torch.autograd.grad(value, leaf, upstream)[0]
+class Activation(NamedTuple):
+    """A function of hidden values, and its pullback `(upstream, x) -> gradient in x` where that is known without a graph."""
+
+    function: Callable[[Tensor], Tensor]
+    pullback: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def with_pullback(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The value at x, and what maps a gradient in it to one in x."""
+        known = self.pullback
+        if known is not None:
+            return self.function(x), lambda upstream: known(upstream, x)
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            value = self.function(leaf)
+        return value.detach(), lambda upstream: torch.autograd.grad(value, leaf, upstream)[0]
 
 
 class FusedExperts(torch.autograd.Function):
@@ -87,15 +92,7 @@ class FusedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weights: Tensor,
-        gate: Tensor | None,
-        up: Tensor,
-        down: Tensor,
-        plan: Plan,
-        act: Activation,
-        pullback: Pullback | None,
+        ctx: Any, x: Tensor, weights: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, plan: Plan, act: Activation
     ) -> Tensor:
         """Tokens `[N, D]`, a weight per place `[S]`, stacks `[E, F, D]` and `[E, D, F]` -> `[N, D]`."""
         parts = groups(plan, x.dtype)
@@ -107,12 +104,12 @@ class FusedExperts(torch.autograd.Function):
         for part in parts:
             e = part.expert
             tokens = x.index_select(0, part.of(rows))
-            hidden = act(torch.mm(tokens, into[e], out=part.of(first)))
+            hidden = act.function(torch.mm(tokens, into[e], out=part.of(first)))
             if second is not None:
                 hidden = hidden * torch.mm(tokens, into_second[e], out=part.of(second))
             torch.mm(hidden, back[e], out=part.of(outputs))
         ctx.save_for_backward(x, weights, gate, up, down, first, second)
-        ctx.plan, ctx.act, ctx.pullback, ctx.parts = plan, act, pullback, parts
+        ctx.plan, ctx.act, ctx.parts = plan, act, parts
         return gathered_sum(outputs, plan, weights)
 
     @staticmethod
@@ -137,7 +134,7 @@ class FusedExperts(torch.autograd.Function):
             tokens = x.index_select(0, part.of(rows))
             d_output = dy.index_select(0, part.of(rows)).mul_(part.of(factors))
             d_output[part.load :] = 0.0  # places that are not this expert's
-            value, pull = with_pullback(ctx.act, ctx.pullback, part.of(first))
+            value, pull = ctx.act.with_pullback(part.of(first))
             hidden = value if second is None else value * part.of(second)
             torch.mm(d_output.t(), hidden, out=d_down[e])
             d_hidden = d_output @ down[e]
@@ -152,20 +149,13 @@ class FusedExperts(torch.autograd.Function):
                 torch.mm(d_second.t(), tokens, out=d_up[e])
                 part.of(d_tokens).addmm_(d_second, up[e])
         gradients = (None, d_inner) if gate is None else (d_inner, d_up)
-        return gathered_sum(d_tokens, plan), d_weights.div_(scale), *gradients, d_down, None, None, None
+        return gathered_sum(d_tokens, plan), d_weights.div_(scale), *gradients, d_down, None, None
 
 
 @torch.compiler.disable
 def fused_experts(
-    x: Tensor,
-    weights: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    plan: Plan,
-    act: Activation,
-    pullback: Pullback | None = None,
+    x: Tensor, weights: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, plan: Plan, act: Activation
 ) -> Tensor:
     """`FusedExperts` on tensors of one dtype (`weights` may be wider); compiled networks run it as it is."""
-    output: Tensor = FusedExperts.apply(x, weights, gate, up, down, plan, act, pullback)
+    output: Tensor = FusedExperts.apply(x, weights, gate, up, down, plan, act)
     return output
