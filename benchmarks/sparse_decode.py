@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from benchmarks.figures import print_and_keep
 from modeling.config import MesokurtConfig
 from modeling.decoder import MesokurtForCausalLM
-from modeling.sparse_inference import LowRankPredictor, SparseFFN, sparsify
+from modeling.native_rows import dots
+from modeling.sparse_inference import ffn_inputs, sparsify
+from modeling.sparse_predictors import Int8Screen, LowRankPredictor
 from training.run_directory import environment
 
 WIDTH, FFN, LAYERS, HEADS, VOCAB = 1024, 4096, 6, 16, 4096
@@ -39,7 +41,7 @@ def relu_model(ffn: str) -> MesokurtForCausalLM:
     model = MesokurtForCausalLM(config).eval()
     with torch.no_grad():
         model.get_input_embeddings().weight[:, 0] = 8.0
-        for layer in model.model.layers:
+        for layer in layers_of(model):
             for writer in ("self_attn.o_proj", "mlp.down_proj"):
                 layer.get_submodule(writer).weight[0] = 0.0
     return model
@@ -52,29 +54,52 @@ def plant_share(model: MesokurtForCausalLM, share: float, tokens: Tensor) -> flo
 
     def shift(module: Any, arguments: tuple[Tensor]) -> None:
         x = arguments[0].flatten(0, -2)
-        first = getattr(module, "gate_proj", module.up_proj).weight
+        first = first_of(module)
         first[:, 0] = 0.0
         z = x @ first.t()
         first[:, 0] = -z.quantile(1.0 - share, dim=0) / x[:, 0].mean()
         measured.append(float((x @ first.t() > 0).float().mean()))
 
-    handles = [layer.mlp.register_forward_pre_hook(shift) for layer in model.model.layers]
+    handles = [layer.mlp.register_forward_pre_hook(shift) for layer in layers_of(model)]
     model(input_ids=tokens)
     for handle in handles:
         handle.remove()
     return statistics.mean(measured)
 
 
-def inputs_of(model: MesokurtForCausalLM, tokens: Tensor) -> list[Tensor]:
-    """What each layer's FFN reads, `[N, D]`."""
-    seen: list[Tensor] = []
-    layers: Any = model.model.layers
-    handles = [layer.mlp.register_forward_pre_hook(lambda _, a: seen.append(a[0].flatten(0, -2))) for layer in layers]
-    with torch.no_grad():
-        model(input_ids=tokens)
-    for handle in handles:
-        handle.remove()
-    return seen
+class DenseRows(nn.Module):
+    """The dense layer by the kernel of the sparse ones: how much of a speed-up is the kernel's and not the zeros'."""
+
+    def __init__(self, dense: Any) -> None:
+        super().__init__()
+        self.act_fn, self.inner = dense.act_fn, [first_of(dense)]
+        if hasattr(dense, "gate_proj"):
+            self.inner.append(dense.up_proj.weight)
+        self.down = dense.down_proj.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One token."""
+        token = x.flatten()
+        first, *others = (dots(matrix, token) for matrix in self.inner)
+        hidden = self.act_fn(first)
+        for other in others:
+            hidden = hidden * other
+        return dots(self.down, hidden).view_as(x)
+
+
+def layers_of(model: MesokurtForCausalLM) -> Any:
+    """The decoder's layers."""
+    return model.model.layers
+
+
+def first_of(ffn: Any) -> Tensor:
+    """The matrix that the activation reads, `[F, D]`."""
+    return getattr(ffn, "gate_proj", ffn.up_proj).weight
+
+
+def relative_difference(found: Tensor, wanted: Tensor) -> float:
+    """Largest, relative to the largest entry."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def interleaved(contestants: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
@@ -92,14 +117,19 @@ def interleaved(contestants: dict[str, Callable[[], None]], rounds: int) -> dict
 def predictors_of(model: MesokurtForCausalLM, inputs: list[Tensor], share: float) -> list[LowRankPredictor]:
     """Rank-64 predictors whose bias lets `share` of the neurons pass: random weights cannot be predicted, but the work is the same."""
     found = []
-    layers: Any = model.model.layers
-    for layer, x in zip(layers, inputs, strict=True):
-        weight = getattr(layer.mlp, "gate_proj", layer.mlp.up_proj).weight
+    for layer, x in zip(layers_of(model), inputs, strict=True):
+        weight = first_of(layer.mlp)
         predictor = LowRankPredictor.fit(weight, x, RANK)
         scores = x @ predictor.inner.t() @ predictor.outer.t()
         predictor.bias.copy_(scores.flatten()[:1_000_000].quantile(1.0 - share))
         found.append(predictor)
     return found
+
+
+def share_passed(predictors: Sequence[Callable[[Tensor], Tensor]], tokens: list[list[Tensor]]) -> float:
+    """The share of the neurons that the predictors let pass, over layers and tokens."""
+    pairs = [(predictor, x) for predictor, xs in zip(predictors, tokens, strict=True) for x in xs]
+    return statistics.mean(len(predictor(x.flatten())) / FFN for predictor, x in pairs)
 
 
 def ffn_times(ffns: dict[str, list[nn.Module]], tokens: list[list[Tensor]]) -> dict[str, float]:
@@ -146,32 +176,36 @@ def measure_share(ffn: str, share: float) -> dict[str, Any]:
     model = relu_model(ffn)
     sample = torch.randint(0, VOCAB, (8, 64), generator=torch.Generator().manual_seed(0))
     planted = plant_share(model, share, sample)
-    inputs = inputs_of(model, sample)
+    inputs = ffn_inputs(model, sample)
     tokens = [[x[i].view(1, 1, -1) for i in range(3, len(x), 8)] for x in inputs]
+    others = [x[::2] for x in inputs]  # that none of the timed tokens is among
     predictors = predictors_of(model, inputs, share)
-    exact, predicted = copy.deepcopy(model), copy.deepcopy(model)
+    screens = [Int8Screen(first_of(layer.mlp), x) for layer, x in zip(layers_of(model), others, strict=True)]
+    exact, screened, predicted = (copy.deepcopy(model) for _ in range(3))
     sparsify(exact)
+    sparsify(screened, predictors=screens)
     sparsify(predicted, predictors=predictors)
-    models = {"dense": model, "exact zeros": exact, "predicted": predicted}
-    ffns: dict[str, list[Any]] = {name: [layer.mlp for layer in m.model.layers] for name, m in models.items()}
-    layer: SparseFFN = ffns["exact zeros"][0]
-    worst = max(
-        float((layer(x) - ffns["dense"][0](x)).abs().max() / ffns["dense"][0](x).abs().max()) for x in tokens[0]
-    )
-    predicted_share = statistics.mean(
-        len(ffn.active(x.flatten())[0]) / FFN for ffn, xs in zip(ffns["predicted"], tokens, strict=True) for x in xs
-    )
+    models = {"dense": model, "exact zeros": exact, "screened": screened, "predicted": predicted}
+    ffns: dict[str, list[Any]] = {name: [layer.mlp for layer in layers_of(m)] for name, m in models.items()}
+    worst = {
+        name: max(relative_difference(ffns[name][0](x), ffns["dense"][0](x)) for x in tokens[0])
+        for name in ("exact zeros", "screened")
+    }
+    passed = {"screened": share_passed(screens, tokens), "predicted": share_passed(predictors, tokens)}
+    ffns["dense, native_rows.c"] = [DenseRows(layer.mlp) for layer in layers_of(model)]
     alone, whole = ffn_times(ffns, tokens), generation_times(models, sample[:1, :PROMPT])
+    matrices = 2 if ffn == "mlp" else 3
     return {
         "ffn": ffn,
         "active_share": planted,
-        "predicted_share": predicted_share,
-        "largest_relative_difference_of_exact": worst,
+        "share_that_passes": passed,
+        "largest_relative_difference_to_dense": worst,
         "ffn_seconds_per_token_and_layer": alone,
         "ffn_speed_over_dense": ratios(alone),
         "limit_by_bytes_read": {
-            "exact zeros": 2 / (1 + planted) if ffn == "mlp" else 3 / (1 + 2 * planted),
-            "predicted": 1 / (predicted_share + RANK * (WIDTH + FFN) / (WIDTH * FFN * (2 if ffn == "mlp" else 3))),
+            "exact zeros": matrices / (1 + (matrices - 1) * planted),
+            "screened": matrices / (1 / 4 + passed["screened"] + (matrices - 1) * planted),
+            "predicted": 1 / (passed["predicted"] + RANK * (WIDTH + FFN) / (WIDTH * FFN * matrices)),
         },
         "end_to_end_seconds_per_token": whole,
         "end_to_end_speed_over_dense": ratios(whole),

@@ -17,6 +17,7 @@ from .expert_exchange import through_owners
 from .experts_fused import Activation, fused_experts
 from .hooks import KINDS, HookError, build
 from .initializers import truncated_normal_
+from .native_rows import dots
 
 
 def looped_linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
@@ -115,6 +116,8 @@ class Experts(nn.Module):
         """`forward` with the experts of this rank."""
         if self.observer is not None:
             self.observer(self, x, plan)
+        if len(x) == 1 and self._fusible(x) and x.dtype == self.up_proj.dtype and not torch.is_grad_enabled():
+            return self._decode(x, plan, weights)
         gate = None if self.gate_proj is None else self.gate_proj.to(x.dtype)
         up, down = self.up_proj.to(x.dtype), self.down_proj.to(x.dtype)
         if self._fusible(x):
@@ -128,6 +131,22 @@ class Experts(nn.Module):
             sizes = plan.counts.tolist()
             outputs = self.network(lambda rows, stack: looped_linear(rows, stack, sizes), tokens, gate, up, down)
         return weighted_sum(outputs, plan, weights, len(x))
+
+    def _decode(self, x: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+        """One token `[1, D]`: bound by reading its experts' matrices, each of which is read once, where it lies."""
+        chosen, width = plan.counts.nonzero(), self.up_proj.shape[1]
+        rows = (chosen * width + torch.arange(width)).flatten()  # of the stacks as one matrix [E F, D]
+        token, act = x.squeeze(0), self._activation()
+        hidden = dots(self.up_proj.flatten(0, 1), token, rows).view(-1, width)
+        if self.gate_proj is None:
+            hidden = act(hidden)
+        else:
+            hidden = act(dots(self.gate_proj.flatten(0, 1), token, rows).view(-1, width)) * hidden
+        hidden = hidden * weights[:, None].to(hidden.dtype)
+        output = torch.zeros(x.shape, dtype=weights.dtype)
+        for e, part in zip(chosen.flatten().tolist(), hidden, strict=True):
+            output += dots(self.down_proj[e], part)
+        return output.to(x.dtype)
 
     @contextlib.contextmanager
     def observed(self, observer: Callable[[Experts, Tensor, Plan], None]) -> Iterator[None]:

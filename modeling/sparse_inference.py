@@ -4,13 +4,17 @@ A batch-1 decode step is bound by reading weights. Where the activation is exact
 
     plain FFN:  W_up x dense, W_down sparse                      at most 2 / (1 + a) times as fast, a = active share
     gated FFN:  W_gate x dense, W_up and W_down sparse           at most 3 / (1 + 2 a)
+    screened:   int8 codes of the first matrix, then the rows of the share s that they cannot rule out:
+                plain at most 2 / (1/4 + s + a), gated 3 / (1/4 + s + 2 a), in float32
     predicted:  a low-rank predictor first, all matrices sparse  at most 1 / (a + p), p = predictor's share of the weights
 
-Rows of W_up and W_gate and (transposed once) of W_down^T lie contiguous. Longer inputs (prompts, batches) take the dense way.
+Rows of W_up and W_gate and (transposed once) of W_down^T lie contiguous and are read in place (`native_rows`). Longer inputs (prompts,
+batches) take the dense way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,78 +24,43 @@ from torch import Tensor, nn
 from .ffn_gated import GatedFFN
 from .ffn_mlp import MLP
 from .hooks import HookError
+from .native_rows import dots, weighted_sum
+from .sparse_predictors import Int8Screen, LowRankPredictor
 
-ELEMENTWISE = ("ReLU", "ReLU2", "JumpReLU", "SiLU", "GELU")
-"""Activations that may be applied to some neurons only, as predicted masks need."""
-
-
-class LowRankPredictor(nn.Module):
-    """Which neurons will be active: `U (V x) > bias`, of rank r. `[D] -> neuron numbers [A]`."""
-
-    inner: Tensor
-    outer: Tensor
-    bias: Tensor
-
-    def __init__(self, inner: Tensor, outer: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("inner", inner)
-        self.register_buffer("outer", outer)
-        self.register_buffer("bias", bias)
-
-    @classmethod
-    def fit(cls, weight: Tensor, inputs: Tensor, rank: int, recall: float = 0.99) -> LowRankPredictor:
-        """The best rank-r copy of `weight` `[F, D]` on `inputs` `[N, D]`, and a bias that keeps `recall` of the active neurons.
-
-        With C = E[x x'], `W C^(1/2) = U S V'` cut at r gives the least expected error of W x.
-
-        Raises:
-            HookError: rank not in 1..min(F, D), or recall not in (0, 1].
-        """
-        if not 1 <= rank <= min(weight.shape) or not 0.0 < recall <= 1.0:
-            raise HookError(f"predictor: rank {rank} must be in 1..{min(weight.shape)}, recall {recall} in (0, 1]")
-        x, w = inputs.double(), weight.detach().double()
-        values, vectors = torch.linalg.eigh(x.t() @ x / len(x))
-        root = values.clamp_min(float(values.max()) * 1e-10).sqrt()
-        u, s, v = torch.linalg.svd(w @ (vectors * root), full_matrices=False)
-        inner = v[:rank] / root @ vectors.t()
-        outer = u[:, :rank] * s[:rank]
-        predicted, active = x @ inner.t() @ outer.t(), x @ w.t() > 0
-        bias = predicted[active].quantile(1.0 - recall) if bool(active.any()) else torch.zeros(())
-        return cls(inner.to(weight.dtype), outer.to(weight.dtype), bias.to(weight.dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Numbers of the neurons predicted active for one token `[D]`."""
-        return (self.outer @ (self.inner @ x) > self.bias).nonzero().squeeze(1)
+ZERO_BELOW_ZERO = ("ReLU", "ReLU2", "JumpReLU")
+"""Activations of which a screen knows that nothing is lost."""
+ELEMENTWISE = (*ZERO_BELOW_ZERO, "SiLU", "GELU")
+"""Activations that may be applied to some neurons only, as predictors need."""
 
 
 class SparseFFN(nn.Module):
     """A trained FFN for decoding. `[B, T, D] -> [B, T, D]`; for a single token only active neurons are read.
 
-    Without threshold and predictor the result is the dense one up to the order of sums.
+    Without threshold and low-rank predictor the result is the dense one up to the order of sums.
 
     Args:
         dense: the FFN whose weights are used (W_gate and W_up shared, W_down transposed).
         threshold: also leave out neurons that contribute less, `|h_i| ||W_down[:, i]|| < threshold` (CETT's eps of the layer).
-        predictor: which neurons to compute at all; those that it misses are lost.
+        predictor: which neurons to compute at all; those that a `LowRankPredictor` misses are lost, an `Int8Screen` misses none.
     """
 
     paper = "arXiv 2411.02335, 2110.08232"
 
     first: Tensor
     second: Tensor | None
-    predictor: LowRankPredictor | None
     down_rows: Tensor
     norms: Tensor
-    start: Tensor
 
     def __init__(
-        self, dense: GatedFFN | MLP, threshold: float = 0.0, predictor: LowRankPredictor | None = None
+        self, dense: GatedFFN | MLP, threshold: float = 0.0, predictor: LowRankPredictor | Int8Screen | None = None
     ) -> None:
         super().__init__()
         if type(dense) not in (GatedFFN, MLP):
             raise HookError(f"{type(dense).__name__} has no sparse decode path; swiglu and mlp have")
         if predictor is not None and type(dense.act_fn).__name__ not in ELEMENTWISE:
             raise HookError(f"{type(dense.act_fn).__name__} needs all neurons of a token; a predictor cannot be used")
+        if isinstance(predictor, Int8Screen) and type(dense.act_fn).__name__ not in ZERO_BELOW_ZERO:
+            raise HookError(f"{type(dense.act_fn).__name__} is not zero below zero; a screen cannot be used")
         if threshold < 0.0:
             raise HookError(f"threshold {threshold}: must be at least 0")
         self.act_fn, self.threshold, self.predictor = dense.act_fn, threshold, predictor
@@ -102,7 +71,6 @@ class SparseFFN(nn.Module):
         down = dense.down_proj.weight.detach()
         self.register_buffer("down_rows", down.t().contiguous())
         self.register_buffer("norms", down.norm(dim=0))
-        self.register_buffer("start", torch.zeros(1, dtype=torch.long, device=down.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to each position."""
@@ -118,31 +86,51 @@ class SparseFFN(nn.Module):
     def active(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers `[A]` and activations `[A]` of the neurons that one token `[D]` needs."""
         if self.predictor is None:
-            activated = self.act_fn(self.first @ x)
+            activated = self.act_fn(dots(self.first, x))
             index = activated.nonzero().squeeze(1)
             hidden = activated.index_select(0, index)
         else:
             index = self.predictor(x)
-            z = self.first.index_select(0, index) @ x
+            z = dots(self.first, x, index)
             if self.per_neuron:  # such an activation wants each neuron in its place
                 hidden = self.act_fn(z.new_zeros(len(self.first)).index_copy_(0, index, z)).index_select(0, index)
             else:
                 hidden = self.act_fn(z)
+            found = hidden.nonzero().squeeze(1)
+            index, hidden = index.index_select(0, found), hidden.index_select(0, found)
         if self.second is not None:
-            hidden = hidden * (self.second.index_select(0, index) @ x)
+            hidden = hidden * dots(self.second, x, index)
         if self.threshold:
             kept = hidden.abs() * self.norms.index_select(0, index) >= self.threshold
             index, hidden = index[kept], hidden[kept]
         return index, hidden
 
     def decode(self, x: Tensor) -> Tensor:
-        """One token `[D] -> [D]`: a weighted sum of rows of W_down^T, gathered and added in one pass."""
+        """One token `[D] -> [D]`: a weighted sum of rows of W_down^T."""
         index, hidden = self.active(x)
-        return F.embedding_bag(index, self.down_rows, self.start, mode="sum", per_sample_weights=hidden).squeeze(0)
+        return weighted_sum(self.down_rows, hidden, index)
+
+
+def ffn_inputs(model: nn.Module, input_ids: Tensor) -> list[Tensor]:
+    """What the FFN of each layer of a causal LM reads on `input_ids` `[B, T]`: `[B T, D]` each, for fitting predictors."""
+    seen: list[Tensor] = []
+    layers: Any = model.get_submodule("model.layers")
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda _, read: seen.append(read[0].flatten(0, -2))) for layer in layers
+    ]
+    try:
+        with torch.no_grad():
+            model(input_ids=input_ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
 
 
 def sparsify(
-    model: nn.Module, thresholds: list[float] | None = None, predictors: list[LowRankPredictor] | None = None
+    model: nn.Module,
+    thresholds: list[float] | None = None,
+    predictors: Sequence[LowRankPredictor | Int8Screen] | None = None,
 ) -> None:
     """Let every layer `model.layers.N.mlp` of a causal LM decode sparsely, in place; `generate` then does.
 

@@ -298,3 +298,22 @@ def test_activations_that_look_at_other_tokens_are_refused() -> None:
     delta = {"name": "delta", "options": {"granularity": "layer"}}
     with pytest.raises(HookError, match="activation 'delta' looks at neighbouring tokens"):
         MoE(small_config(activation=delta), 0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gated": False}, {"shared_experts": 1, "capacity_factor": 0.5}, {"active": 5}]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_single_token_is_decoded_to_what_training_computes(
+    options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe = layer(dtype, **options)
+    singles = [states(1, 1, dtype, seed) for seed in range(4)]
+    wanted = [moe(x)[0] for x in singles]  # with gradients: the way of training
+    monkeypatch.setattr("modeling.experts.fused_experts", None)
+    heard: list[int] = []
+    rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]  # other order of sums
+    for x, y in zip(singles, wanted, strict=True):
+        with torch.no_grad(), moe.experts.observed(lambda _, seen, plan: heard.append(len(seen))):
+            assert torch.allclose(moe(x)[0], y, atol=rounding * float(y.detach().abs().max()), rtol=0)
+    assert heard == [1, 1, 1, 1]  # probes hear of single tokens too

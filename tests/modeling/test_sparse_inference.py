@@ -10,7 +10,8 @@ import torch
 
 from modeling.decoder import MesokurtForCausalLM
 from modeling.hooks import HookError
-from modeling.sparse_inference import LowRankPredictor, SparseFFN, sparsify
+from modeling.sparse_inference import SparseFFN, ffn_inputs, sparsify
+from modeling.sparse_predictors import Int8Screen, LowRankPredictor
 from tests.modeling.small import roughen, small_model, tokens
 
 
@@ -100,8 +101,91 @@ def test_a_threshold_of_its_own_for_every_neuron_stays_with_its_neuron(ffn: str,
         assert torch.allclose(sparse(x), dense(x), atol=1e-12)  # float64, other order of sums
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("shift", [0.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_screen_never_loses_a_positive_neuron_and_rules_most_others_out(shift: float, dtype: torch.dtype) -> None:
+    """Also with a channel that is large on every token, and far from the sample that it was fitted on."""
+    generator = torch.Generator().manual_seed(3)
+    weight = (torch.randn(500, 256, generator=generator) / 16).to(dtype)
+    x = torch.randn(600, 256, generator=generator)
+    x[:, 7] += shift
+    weight[:, 7] = (-1.3 - weight.float() @ x.mean(0)) / x[:, 7].mean() if shift else weight[:, 7]
+    screen = Int8Screen(weight, x[:100].to(dtype))
+    passed = wanted = 0
+    for token in torch.cat([x[100:300], 40 * x[300:400], x[400:500].roll(5, 1), torch.zeros(1, 256)]).to(dtype):
+        positive = set((weight.double() @ token.double() > 0).nonzero().flatten().tolist())
+        assert positive <= set(screen(token).tolist())
+    for token in x[500:].to(dtype):
+        passed += len(screen(token))
+        wanted += int((weight.double() @ token.double() > 0).sum())
+    assert wanted < passed < wanted + 0.12 * 500 * 100  # of the pairs that are off, most are known to be
+
+
+@torch.no_grad()
+def test_a_screen_keeps_a_neuron_whose_input_lies_along_what_its_codes_leave_out() -> None:
+    """The worst input for a row: its bound is then attained, so that a smaller one would lose the neuron."""
+    generator = torch.Generator().manual_seed(5)
+    weight, inputs = torch.randn(30, 256, generator=generator), torch.randn(50, 256, generator=generator) + 0.3
+    weight -= 1.0  # negative at the mean input
+    screen = Int8Screen(weight, inputs)
+    spread, origin = 1.0 / screen.inverse.double(), screen.origin.double()
+    coded = screen.codes.double() * screen.scale.double()[:, None]
+    left_out = weight.double() * spread - coded
+    for row in range(30):
+        blind = (left_out[row] @ coded[row]) / coded[row].square().sum()
+        u = left_out[row] - blind * coded[row]  # of which the codes see nothing
+        reach = -(weight[row].double() @ origin) / (left_out[row] @ u)
+        assert reach > 0
+        on, off = ((origin + factor * reach * u * spread).float() for factor in (1.001, 0.95))
+        assert weight[row].double() @ on.double() > 0 > weight[row].double() @ off.double()
+        assert row in screen(on).tolist()
+        assert row not in screen(off).tolist()
+
+
+@torch.no_grad()
+def test_a_screen_allows_for_the_rounding_of_its_input() -> None:
+    """Weights that are their codes, and inputs that all lie half a code beside theirs, on the side of the weights' signs."""
+    generator = torch.Generator().manual_seed(6)
+    codes = torch.randint(-126, 127, (40, 256), generator=generator).double()
+    codes[:, 0], codes[:, 1] = 0.0, 127.0
+    inputs = torch.ones(2, 256) * torch.tensor([[1.0], [-1.0]])  # mean 0, spread 1
+    screen = Int8Screen(codes.float(), inputs)
+    for row in range(40):
+        q = torch.randint(-3, 4, (256,), generator=generator).double()
+        q[0], half = screen.largest, 0.49 * codes[row].sign()
+        q[1] = -((codes[row, 2:] @ q[2:] + 0.9 * half @ codes[row]) / 127.0).round()  # what the codes see is below zero
+        assert codes[row] @ q < 0 < codes[row] @ (q + half)
+        assert row in screen((q + half).float()).tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "activation", ["relu", "relu2", "jumprelu", {"name": "jumprelu", "options": {"per": "channel"}}]
+)
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_a_screened_layer_gives_the_dense_output(ffn: str, activation: Any) -> None:
+    dense: Any = relu_model(ffn, activation).model.layers[0].mlp
+    weight = dense.gate_proj.weight if ffn == "swiglu" else dense.up_proj.weight
+    inputs = torch.randn(50, 24, generator=torch.Generator().manual_seed(4))
+    sparse = SparseFFN(dense, predictor=Int8Screen(weight, inputs))
+    for x in inputs.view(50, 1, 1, 24):
+        assert torch.allclose(sparse(x), dense(x), atol=1e-5)  # float32, other order of sums
+
+
+def test_screens_fitted_on_a_prompt_leave_generation_as_it_is() -> None:
+    dense: Any = relu_model("swiglu")
+    inputs = ffn_inputs(dense, tokens(2, 8))
+    assert [tuple(x.shape) for x in inputs] == [(16, 24)] * 2
+    sparse = copy.deepcopy(dense)
+    first = [layer.mlp.gate_proj.weight for layer in sparse.model.layers]
+    sparsify(sparse, predictors=[Int8Screen(weight, x) for weight, x in zip(first, inputs, strict=True)])
+    settings: Any = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(sparse.generate(tokens(1, 8), **settings), dense.generate(tokens(1, 8), **settings))
+
+
 def test_what_cannot_decode_sparsely_is_refused_and_left_alone() -> None:
-    silu = relu_model("swiglu", "silu")
+    silu: Any = relu_model("swiglu", "silu")
     with pytest.raises(HookError, match="SiLU is never exactly zero; give thresholds"):
         sparsify(silu)
     assert not any(isinstance(layer.mlp, SparseFFN) for layer in silu.model.layers)
@@ -111,6 +195,11 @@ def test_what_cannot_decode_sparsely_is_refused_and_left_alone() -> None:
     with pytest.raises(HookError, match="MoE has no sparse decode path"):
         sparsify(experts)
     dense: Any = relu_model("mlp").model.layers[0].mlp
+    with pytest.raises(HookError, match=r"screen: inputs \(3, 7\) for a matrix \(40, 24\)"):
+        Int8Screen(dense.up_proj.weight, torch.randn(3, 7))
+    screen = Int8Screen(silu.model.layers[0].mlp.gate_proj.weight, torch.randn(3, 24))
+    with pytest.raises(HookError, match="SiLU is not zero below zero; a screen cannot be used"):
+        SparseFFN(silu.model.layers[0].mlp, predictor=screen)
     with pytest.raises(HookError, match="rank 99 must be in"):
         LowRankPredictor.fit(dense.up_proj.weight, torch.randn(50, 24), rank=99)
     with pytest.raises(HookError, match="threshold -1"):

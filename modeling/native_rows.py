@@ -1,0 +1,72 @@
+"""Products with some rows of a matrix for one vector, each row read once where it lies (`native_rows.c`)."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .native_build import library
+
+NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+
+
+def _kernel(kind: str, matrix: Tensor) -> ctypes._NamedFuncPointer | None:
+    """The compiled function for a matrix; None where torch has to do it."""
+    if matrix.device.type != "cpu" or matrix.dtype not in NAMES or not matrix.is_contiguous():
+        return None
+    found = library("native_rows")
+    return None if found is None else getattr(found, f"{kind}_{NAMES[matrix.dtype]}")
+
+
+def _address(tensor: Tensor | None) -> ctypes.c_void_p | None:
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+
+
+def _run(kernel: ctypes._NamedFuncPointer, matrix: Tensor, index: Tensor | None, vector: Tensor, out: Tensor) -> None:
+    count, width = len(matrix) if index is None else len(index), matrix.shape[1]
+    sizes = ctypes.c_int64(count), ctypes.c_int64(width)
+    threads = torch.get_num_threads()
+    kernel(_address(matrix), _address(index), *sizes, _address(vector), _address(out), ctypes.c_int(threads))
+
+
+@torch.compiler.disable
+def dots(matrix: Tensor, x: Tensor, index: Tensor | None = None) -> Tensor:
+    """`matrix[index] @ x`: `[F, D], [D], [A] int64 -> [A]`, all rows without `index`. Sums are float32, or float64 in float64."""
+    kernel = _kernel("dots", matrix)
+    if kernel is None:
+        return (matrix if index is None else matrix.index_select(0, index)) @ x
+    out = torch.empty(len(matrix) if index is None else len(index))
+    _run(kernel, matrix, index, x.float().contiguous(), out)
+    return out.to(x.dtype)
+
+
+@torch.compiler.disable
+def weighted_sum(matrix: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+    """`weights @ matrix[index]`: `[F, D], [A], [A] int64 -> [D]`."""
+    kernel = _kernel("sum", matrix)
+    if kernel is None:
+        start = torch.zeros(1, dtype=torch.long, device=index.device)
+        return F.embedding_bag(index, matrix, start, mode="sum", per_sample_weights=weights).squeeze(0)
+    out = torch.empty(matrix.shape[1])
+    _run(kernel, matrix, index, weights.float().contiguous(), out)
+    return out.to(weights.dtype)
+
+
+@torch.compiler.disable
+def code_dots(codes: Tensor, x: Tensor) -> Tensor:
+    """`codes @ x` of integers: `[F, D] int8, [D] int16 -> [F] int32`, exact where no sum leaves int32 (see `largest_code`)."""
+    found = library("native_rows") if codes.device.type == "cpu" and codes.is_contiguous() else None
+    if found is None:
+        return (codes.double() @ x.double()).int()
+    out = torch.empty(len(codes), dtype=torch.int32)
+    sizes = (ctypes.c_int64(size) for size in codes.shape)
+    found.dots_int8(_address(codes), *sizes, _address(x), _address(out), ctypes.c_int(torch.get_num_threads()))
+    return out
+
+
+def largest_code(width: int) -> int:
+    """The largest |x| with which `code_dots` of `width` columns cannot overflow."""
+    return min(32767, (2**31 - 1) // (128 * width))

@@ -1,0 +1,97 @@
+"""Which neurons of a feed-forward layer a token needs, found out before its matrices are read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .hooks import HookError
+from .native_rows import code_dots, dots, largest_code
+
+ROUNDING = 2.0**-20  # of |w||x|: what float32 sums may differ by
+
+
+class LowRankPredictor(nn.Module):
+    """Which neurons will be active: `U (V x) > bias`, of rank r. `[D] -> neuron numbers [A]`."""
+
+    inner: Tensor
+    outer: Tensor
+    bias: Tensor
+
+    def __init__(self, inner: Tensor, outer: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("inner", inner)
+        self.register_buffer("outer", outer)
+        self.register_buffer("bias", bias)
+
+    @classmethod
+    def fit(cls, weight: Tensor, inputs: Tensor, rank: int, recall: float = 0.99) -> LowRankPredictor:
+        """The best rank-r copy of `weight` `[F, D]` on `inputs` `[N, D]`, and a bias that keeps `recall` of the active neurons.
+
+        With C = E[x x'], `W C^(1/2) = U S V'` cut at r gives the least expected error of W x.
+
+        Raises:
+            HookError: rank not in 1..min(F, D), or recall not in (0, 1].
+        """
+        if not 1 <= rank <= min(weight.shape) or not 0.0 < recall <= 1.0:
+            raise HookError(f"predictor: rank {rank} must be in 1..{min(weight.shape)}, recall {recall} in (0, 1]")
+        x, w = inputs.double(), weight.detach().double()
+        values, vectors = torch.linalg.eigh(x.t() @ x / len(x))
+        root = values.clamp_min(float(values.max()) * 1e-10).sqrt()
+        u, s, v = torch.linalg.svd(w @ (vectors * root), full_matrices=False)
+        inner = v[:rank] / root @ vectors.t()
+        outer = u[:, :rank] * s[:rank]
+        predicted, active = x @ inner.t() @ outer.t(), x @ w.t() > 0
+        bias = predicted[active].quantile(1.0 - recall) if bool(active.any()) else torch.zeros(())
+        return cls(inner.to(weight.dtype).contiguous(), outer.to(weight.dtype).contiguous(), bias.to(weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Numbers of the neurons predicted active for one token `[D]`."""
+        return (dots(self.outer, dots(self.inner, x)) > self.bias).nonzero().squeeze(1)
+
+
+class Int8Screen:
+    """Neurons that can be positive, by an int8 copy of W and a bound on what it leaves out: none that is positive is missing.
+
+    With an origin o and a scale r per column (any values do; good ones make the bound tight), `u = (x - o) / r` and `W r = s C + E` with
+    codes C and a scale s per row: `W x = W o + s (C u) + E u`. The input is coded too, `u = t q + d`. By Cauchy-Schwarz, row by row,
+    `W x <= W o + s t (C q) + |E| |u| + |s C| |d|`; where that is not positive the neuron is off. `ROUNDING` covers float32 sums.
+
+    No module: a change of the network's dtype must not round what the bound is made of.
+
+    Args:
+        weight: `[F, D]`, the first matrix.
+        inputs: `[N, D]`, a sample of what it reads; its mean is the origin, and how far columns stray from it their scale.
+
+    Raises:
+        HookError: no inputs, or inputs of another width.
+    """
+
+    def __init__(self, weight: Tensor, inputs: Tensor) -> None:
+        if inputs.dim() != 2 or not len(inputs) or inputs.shape[1] != weight.shape[1]:
+            raise HookError(
+                f"screen: inputs {tuple(inputs.shape)} for a matrix {tuple(weight.shape)}; give [N, D], N >= 1"
+            )
+        x, w = inputs.detach().double(), weight.detach().double()
+        origin = x.mean(0)
+        spread = (x - origin).square().mean(0).sqrt()
+        spread = spread.clamp_min(max(1e-3 * float(spread.max()), 1e-9))
+        scaled = w * spread
+        scale = scaled.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127.0
+        codes = (scaled / scale).round()
+        lengths = scaled.norm(dim=1)
+        self.codes, self.scale = codes.to(torch.int8), scale.squeeze(1).float()
+        self.origin, self.inverse = origin.float(), (1.0 / spread).float()
+        self.at_origin = (w @ origin + ROUNDING * (w * origin).norm(dim=1)).float()
+        self.left_out = ((scaled - codes * scale).norm(dim=1) + ROUNDING * lengths).float()
+        self.length = (codes * scale).norm(dim=1).float()
+        self.largest = largest_code(weight.shape[1])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Numbers `[A]` of the neurons that may be positive for one token `[D]`."""
+        u = (x.float() - self.origin) * self.inverse
+        step = u.abs().amax().clamp_min(1e-30) / self.largest
+        q = (u / step).round_()
+        bound = self.at_origin + self.left_out * u.norm() + self.length * (u - q * step).norm()
+        bound.addcmul_(code_dots(self.codes, q.to(torch.int16)).float(), self.scale * step)
+        return (bound > 0).nonzero().squeeze(1)
