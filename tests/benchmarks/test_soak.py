@@ -1,4 +1,4 @@
-"""The soak script finds nothing lost in ten kills, and its own checks can fail."""
+"""The soak script finds nothing lost in six kills, and its own checks can fail."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def soak(tmp_path_factory: pytest.TempPathFactory) -> Soak:
     return Soak(folder, str(tiny_yaml(folder)), ["train.steps=24"], seed=1)
 
 
-def test_ten_kills_lose_nothing(soak: Soak) -> None:
-    tally = soak.run(10)
+def test_six_kills_lose_nothing(soak: Soak) -> None:
+    tally = soak.run(6)
     assert tally.passed, tally.as_json()
-    assert (tally.trials, tally.lost_checkpoints, tally.hangs) == (10, 0, 0)
-    assert tally.finished_runs >= 2
+    assert (tally.trials, tally.lost_checkpoints, tally.hangs) == (6, 0, 0)
+    assert tally.finished_runs >= 1
     assert max(tally.seconds_to_exit) < 60
 
 

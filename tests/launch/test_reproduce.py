@@ -13,7 +13,7 @@ from launch.cli import main
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_outlier_safe_pretraining_reproduces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Symmetry, planted outlier, and a byte-level model trained through the normal trainer: about a minute on two cores."""
+    """Symmetry, planted outlier, and a byte-level model trained through the normal trainer."""
     code = main(["reproduce", "osp", "--quick", "--json", "--out", str(tmp_path / "osp.json")])
     result = json.loads(capsys.readouterr().out)
     failed = [criterion for criterion in result["criteria"] if not criterion["passed"]]

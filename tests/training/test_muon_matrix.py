@@ -282,5 +282,5 @@ def test_two_ranks_equal_the_reference() -> None:
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_four_ranks_equal_the_reference() -> None:
-    runs = [*GRID, *ON_FOUR]
+    runs = [*(run for run in GRID if run.clip is not None), *ON_FOUR]
     check(runs, run_ranks(4, all_of, runs, 4, timeout_s=500.0)[0], 4)
