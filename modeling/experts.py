@@ -135,7 +135,7 @@ class Experts(nn.Module):
     def _decode(self, x: Tensor, plan: Plan, weights: Tensor) -> Tensor:
         """One token `[1, D]`: bound by reading its experts' matrices, each of which is read once, where it lies."""
         chosen, width = plan.counts.nonzero(), self.up_proj.shape[1]
-        rows = (chosen * width + torch.arange(width)).flatten()  # of the stacks as one matrix [E F, D]
+        rows = (chosen * width + torch.arange(width, device=x.device)).flatten()  # of the stacks as one matrix [E F, D]
         token, act = x.squeeze(0), self._activation()
         hidden = dots(self.up_proj.flatten(0, 1), token, rows).view(-1, width)
         if self.gate_proj is None:

@@ -1,4 +1,4 @@
-"""Products with some rows of a matrix for one vector, each row read once where it lies (`native_rows.c`)."""
+"""Products with some rows of a matrix for one vector, each row read once where it lies (`native_rows.c`). They have no gradients."""
 
 from __future__ import annotations
 
@@ -34,23 +34,37 @@ def _run(kernel: ctypes._NamedFuncPointer, matrix: Tensor, index: Tensor | None,
 
 @torch.compiler.disable
 def dots(matrix: Tensor, x: Tensor, index: Tensor | None = None) -> Tensor:
-    """`matrix[index] @ x`: `[F, D], [D], [A] int64 -> [A]`, all rows without `index`. Sums are float32, or float64 in float64."""
+    """`matrix[index] @ x`: `[F, D], [D], [A] int64 -> [A]`, all rows without `index`. Sums are float32, or float64 in float64.
+
+    Numbers of rows are taken as they are: they must be in 0 .. F - 1.
+
+    Raises:
+        ValueError: x is not as long as a row.
+    """
+    if x.shape != matrix.shape[1:]:
+        raise ValueError(f"a vector {tuple(x.shape)} for rows of a matrix {tuple(matrix.shape)}")
     kernel = _kernel("dots", matrix)
     if kernel is None:
         return (matrix if index is None else matrix.index_select(0, index)) @ x
-    out = torch.empty(len(matrix) if index is None else len(index))
+    out = torch.empty(len(matrix) if index is None else len(index), dtype=torch.float32, device="cpu")
     _run(kernel, matrix, index, x.float().contiguous(), out)
     return out.to(x.dtype)
 
 
 @torch.compiler.disable
 def weighted_sum(matrix: Tensor, weights: Tensor, index: Tensor) -> Tensor:
-    """`weights @ matrix[index]`: `[F, D], [A], [A] int64 -> [D]`."""
+    """`weights @ matrix[index]`: `[F, D], [A], [A] int64 -> [D]`; numbers of rows as in `dots`.
+
+    Raises:
+        ValueError: not one weight per row.
+    """
+    if weights.shape != index.shape:
+        raise ValueError(f"weights {tuple(weights.shape)} for rows {tuple(index.shape)}")
     kernel = _kernel("sum", matrix)
     if kernel is None:
         start = torch.zeros(1, dtype=torch.long, device=index.device)
         return F.embedding_bag(index, matrix, start, mode="sum", per_sample_weights=weights).squeeze(0)
-    out = torch.empty(matrix.shape[1])
+    out = torch.empty(matrix.shape[1], dtype=torch.float32, device="cpu")
     _run(kernel, matrix, index, weights.float().contiguous(), out)
     return out.to(weights.dtype)
 
@@ -61,7 +75,7 @@ def code_dots(codes: Tensor, x: Tensor) -> Tensor:
     found = library("native_rows") if codes.device.type == "cpu" and codes.is_contiguous() else None
     if found is None:
         return (codes.double() @ x.double()).int()
-    out = torch.empty(len(codes), dtype=torch.int32)
+    out = torch.empty(len(codes), dtype=torch.int32, device="cpu")
     sizes = (ctypes.c_int64(size) for size in codes.shape)
     found.dots_int8(_address(codes), *sizes, _address(x), _address(out), ctypes.c_int(torch.get_num_threads()))
     return out

@@ -67,6 +67,30 @@ def test_no_rows_give_nothing_and_zeros() -> None:
     assert torch.equal(weighted_sum(random(4, 8), torch.empty(0), nothing), torch.zeros(8))
 
 
+def test_torch_defaults_do_not_decide_what_the_kernels_write_to() -> None:
+    matrix, x, index = random(20, 33), random(33), torch.tensor([5, 2, 19])
+    codes, q = (100 * matrix).clamp(-127, 127).to(torch.int8), (1000 * x).to(torch.int16)
+
+    def results() -> tuple[torch.Tensor, ...]:
+        return dots(matrix, x), dots(matrix, x, index), weighted_sum(matrix, x[:3], index), code_dots(codes, q)
+
+    wanted = results()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+
+
+def test_vectors_of_another_length_are_refused_before_memory_is_read() -> None:
+    with pytest.raises(ValueError, match=r"a vector \(7,\) for rows of a matrix \(4, 8\)"):
+        dots(random(4, 8), random(7))
+    with pytest.raises(ValueError, match=r"weights \(3,\) for rows \(2,\)"):
+        weighted_sum(random(4, 8), random(3), torch.tensor([0, 1]))
+
+
 @pytest.mark.parametrize("width", [1, 31, 256, 5000])
 def test_products_of_codes_are_exact_up_to_the_largest(width: int) -> None:
     largest = largest_code(width)

@@ -173,6 +173,23 @@ def test_a_screened_layer_gives_the_dense_output(ffn: str, activation: Any) -> N
         assert torch.allclose(sparse(x), dense(x), atol=1e-5)  # float32, other order of sums
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("screened", [False, True])
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_a_bfloat16_layer_is_as_near_to_the_exact_output_as_the_dense_one(ffn: str, screened: bool) -> None:
+    dense: Any = relu_model(ffn).model.layers[0].mlp
+    exact, dense = copy.deepcopy(dense.to(torch.bfloat16)).double(), dense.to(torch.bfloat16)
+    inputs = torch.randn(50, 24, generator=torch.Generator().manual_seed(4)).to(torch.bfloat16)
+    weight = dense.gate_proj.weight if ffn == "swiglu" else dense.up_proj.weight
+    sparse = SparseFFN(dense, predictor=Int8Screen(weight, inputs) if screened else None)
+    singles = inputs.view(50, 1, 1, 24)
+    wanted = torch.stack([exact(x.double()) for x in singles])
+    ours, theirs = (
+        float((torch.stack([layer(x) for x in singles]) - wanted).norm() / wanted.norm()) for layer in (sparse, dense)
+    )
+    assert ours < 1.2 * theirs + 1e-4
+
+
 def test_screens_fitted_on_a_prompt_leave_generation_as_it_is() -> None:
     dense: Any = relu_model("swiglu")
     inputs = ffn_inputs(dense, tokens(2, 8))
