@@ -1,4 +1,8 @@
-"""Elementwise activations, any shape. `pullback(upstream, x)` is the gradient in x without a graph: upstream times the derivative at x."""
+"""Elementwise activations, any shape.
+
+`pullback(upstream, x)` is the gradient in x without a graph: upstream times the derivative at x. `gating_kernel` names the functions of
+`native_gating.c` that compute the activation times another tensor.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ class SiLU(nn.Module):
     """`x * sigmoid(x)`."""
 
     paper = "arXiv 1702.03118"
+    gating_kernel = "silu"
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply elementwise."""
@@ -38,6 +43,8 @@ class GELU(nn.Module):
 class ReLU(nn.Module):
     """`max(x, 0)`."""
 
+    gating_kernel = "relu"
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply elementwise."""
         return F.relu(x)
@@ -51,6 +58,7 @@ class ReLU2(nn.Module):
     """`max(x, 0)^2` (Primer, So et al. 2021)."""
 
     paper = "arXiv 2109.08668"
+    gating_kernel = "relu2"
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply elementwise."""

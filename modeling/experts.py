@@ -58,9 +58,9 @@ def mixes_tokens(activation: nn.Module | type) -> bool:
     return bool(getattr(activation, "mixes_tokens", False) or getattr(activation, "sees_mask", False))
 
 
-def known_pullback(activation: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The `pullback` of an activation's own class: one that is inherited may belong to another `forward`."""
-    return getattr(activation, "pullback", None) if "pullback" in vars(type(activation)) else None
+def own(activation: nn.Module, name: str) -> Any:
+    """An attribute of an activation's own class, or None: one that is inherited may belong to another `forward`."""
+    return getattr(activation, name) if name in vars(type(activation)) else None
 
 
 class Experts(nn.Module):
@@ -121,7 +121,7 @@ class Experts(nn.Module):
         gate = None if self.gate_proj is None else self.gate_proj.to(x.dtype)
         up, down = self.up_proj.to(x.dtype), self.down_proj.to(x.dtype)
         if self._fusible(x):
-            activation = Activation(self._activation(), known_pullback(self.act_fn))
+            activation = Activation(self._activation(), own(self.act_fn, "pullback"), own(self.act_fn, "gating_kernel"))
             return fused_experts(x, weights, gate, up, down, plan, activation)
         tokens = x.index_select(0, plan.rows)
         if has_grouped(x):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import Plan
+from .native_gating import GatingKernel
 
 TINY = 1e-20
 
@@ -71,10 +72,11 @@ def padded(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Activation(NamedTuple):
-    """A function of hidden values, and its pullback `(upstream, x) -> gradient in x` where that is known without a graph."""
+    """A function of hidden values, its pullback `(upstream, x) -> gradient in x` where it has one, and the name of its `GatingKernel`."""
 
     function: Callable[[Tensor], Tensor]
     pullback: Callable[[Tensor, Tensor], Tensor] | None = None
+    gating_kernel: str | None = None
 
     def with_pullback(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The value at x, and what maps a gradient in it to one in x."""
@@ -85,6 +87,31 @@ class Activation(NamedTuple):
             leaf = x.detach().requires_grad_()
             value = self.function(leaf)
         return value.detach(), lambda upstream: torch.autograd.grad(value, leaf, upstream)[0]
+
+    def kernel(self, first: Tensor, second: Tensor | None) -> GatingKernel | None:
+        """What computes `act(first) * second` and its gradients in one pass, if there is such a kernel."""
+        return None if second is None else GatingKernel.of(self.gating_kernel, first)
+
+    def hidden_of(self, first: Tensor, second: Tensor | None) -> Tensor:
+        """`act(first) * second`, or `act(first)`. `[N, F]`."""
+        kernel = self.kernel(first, second)
+        if kernel is not None and second is not None:
+            return kernel.forward(first, second)
+        hidden = self.function(first)
+        return hidden if second is None else hidden * second
+
+    def gradients_of(
+        self, first: Tensor, second: Tensor | None, d_hidden: Tensor, products: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`hidden_of` again, and its gradients in first and second; `products` `[N]` gets the sums of hidden times d_hidden."""
+        kernel = self.kernel(first, second)
+        if kernel is not None and second is not None and products.dtype == torch.float32:
+            return kernel.backward(first, second, d_hidden, products)
+        value, pull = self.with_pullback(first)
+        hidden = value if second is None else value * second
+        torch.sum(hidden * d_hidden, -1, dtype=products.dtype, out=products)
+        d_first = pull(d_hidden if second is None else d_hidden * second)
+        return hidden, d_first, None if second is None else d_hidden.mul_(value)
 
 
 class FusedExperts(torch.autograd.Function):
@@ -104,10 +131,9 @@ class FusedExperts(torch.autograd.Function):
         for part in parts:
             e = part.expert
             tokens = x.index_select(0, part.of(rows))
-            hidden = act.function(torch.mm(tokens, into[e], out=part.of(first)))
-            if second is not None:
-                hidden = hidden * torch.mm(tokens, into_second[e], out=part.of(second))
-            torch.mm(hidden, back[e], out=part.of(outputs))
+            gate_of = torch.mm(tokens, into[e], out=part.of(first))
+            up_of = None if second is None else torch.mm(tokens, into_second[e], out=part.of(second))
+            torch.mm(act.hidden_of(gate_of, up_of), back[e], out=part.of(outputs))
         ctx.save_for_backward(x, weights, gate, up, down, first, second)
         ctx.plan, ctx.act, ctx.parts = plan, act, parts
         return gathered_sum(outputs, plan, weights)
@@ -125,7 +151,8 @@ class FusedExperts(torch.autograd.Function):
             for gradient in (d_inner, d_down, d_up):
                 if gradient is not None:
                     gradient[e] = 0.0
-        d_weights, d_tokens = torch.empty_like(weights), x.new_empty(len(rows), x.shape[1])
+        d_weights = weights.new_empty(len(rows))
+        d_tokens = x.new_empty(len(rows), x.shape[1])
         # Weighting the upstream rows weights all that follows; the weights' own gradient divides it out again, so none may be 0.
         scale = torch.where(weights.abs() < TINY, TINY, weights)
         factors = padded(scale.to(dy.dtype), dy.dtype)[:, None]
@@ -134,22 +161,17 @@ class FusedExperts(torch.autograd.Function):
             tokens = x.index_select(0, part.of(rows))
             d_output = dy.index_select(0, part.of(rows)).mul_(part.of(factors))
             d_output[part.load :] = 0.0  # places that are not this expert's
-            value, pull = ctx.act.with_pullback(part.of(first))
-            hidden = value if second is None else value * part.of(second)
-            torch.mm(d_output.t(), hidden, out=d_down[e])
             d_hidden = d_output @ down[e]
-            own = d_weights.narrow(0, part.start, part.load)
-            torch.sum((hidden * d_hidden)[: part.load], -1, dtype=own.dtype, out=own)
-            d_activated = d_hidden if second is None else d_hidden * part.of(second)
-            d_first = pull(d_activated)
+            up_of = None if second is None else part.of(second)
+            hidden, d_first, d_second = ctx.act.gradients_of(part.of(first), up_of, d_hidden, part.of(d_weights))
+            torch.mm(d_output.t(), hidden, out=d_down[e])
             torch.mm(d_first.t(), tokens, out=d_inner[e])
             torch.mm(d_first, inner[e], out=part.of(d_tokens))
             if d_up is not None:
-                d_second = d_hidden.mul_(value)
                 torch.mm(d_second.t(), tokens, out=d_up[e])
                 part.of(d_tokens).addmm_(d_second, up[e])
         gradients = (None, d_inner) if gate is None else (d_inner, d_up)
-        return gathered_sum(d_tokens, plan), d_weights.div_(scale), *gradients, d_down, None, None
+        return gathered_sum(d_tokens, plan), d_weights[: len(weights)].div_(scale), *gradients, d_down, None, None
 
 
 @torch.compiler.disable

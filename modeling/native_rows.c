@@ -1,50 +1,12 @@
 // Products with some rows of a matrix, for decoding: every row is read once, where it lies.
 //
 // Rows are float32 or bfloat16 (uint16_t); vectors and sums are float32. `index` names the rows, null: rows 0 to count - 1. What a row or column
-// sums to does not depend on the number of threads. Vectors are the extensions that GCC and Clang share.
-#include <stdint.h>
-#include <string.h>
+// sums to does not depend on the number of threads.
+#include "native_vectors.h"
 
-#define LANES 16
 #define CHAINS 4 // sums of a row that run side by side
 #define STEP (LANES * CHAINS)
 #define AHEAD 256 // bytes of the next row that are asked for while this one is read
-
-typedef float floats __attribute__((vector_size(LANES * 4)));
-typedef uint32_t words __attribute__((vector_size(LANES * 4)));
-typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
-
-static inline floats load_float(const float *at) {
-    floats v;
-    memcpy(&v, at, sizeof v);
-    return v;
-}
-
-static inline floats load_bfloat16(const uint16_t *at) {
-    halves v;
-    memcpy(&v, at, sizeof v);
-    words wide = __builtin_convertvector(v, words) << 16;
-    floats result;
-    memcpy(&result, &wide, sizeof result);
-    return result;
-}
-
-static inline void store_float(float *at, floats v) { memcpy(at, &v, sizeof v); }
-
-static inline float one_float(const float *at) { return *at; }
-
-static inline float one_bfloat16(const uint16_t *at) {
-    uint32_t wide = (uint32_t)*at << 16;
-    float result;
-    memcpy(&result, &wide, sizeof result);
-    return result;
-}
-
-static inline float total(floats v) {
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += v[i];
-    return sum;
-}
 
 static inline int64_t row_of(const int64_t *index, int64_t place) { return index ? index[place] : place; }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from modeling.activation_crrelu import CRReLU, bump
 from modeling.activation_thresholds import JumpReLU, TopK
 from modeling.activations import GELU, ReLU, ReLU2, SiLU
-from modeling.experts import known_pullback
+from modeling.experts import own
 from modeling.hooks import KINDS, HookError, build, check
 from tests.modeling.small import small_model, tokens
 
@@ -148,6 +148,7 @@ def test_an_inherited_pullback_is_not_taken_for_another_forward() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x - 1.0)
 
-    assert known_pullback(SiLU()) is not None
-    assert known_pullback(Shifted()) is None
-    assert known_pullback(TopK(k=4)) is None
+    assert own(SiLU(), "pullback") is not None
+    assert own(SiLU(), "gating_kernel") == "silu"
+    assert own(Shifted(), "pullback") is own(Shifted(), "gating_kernel") is None
+    assert own(TopK(k=4), "pullback") is None

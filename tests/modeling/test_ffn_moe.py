@@ -103,14 +103,22 @@ def test_a_grouped_product_is_the_loop_over_experts(dtype: torch.dtype, toleranc
     assert not results[0][2][1].any(), "an expert without tokens has no gradient"
 
 
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(
+    ("gated", "activation", "width"),
+    [
+        (True, "silu", 12),
+        (False, "silu", 12),
+        (True, "gelu", 16),
+        *((True, name, 16) for name in ("silu", "relu", "relu2")),
+    ],
+)
 def test_an_expert_at_a_time_is_the_grouped_product_in_value_and_gradients(
-    gated: bool, monkeypatch: pytest.MonkeyPatch
+    gated: bool, activation: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The CPU's way against the way of accelerators, float32, with dropped slots and an expert without tokens: rounding only."""
     results = []
     for fusible in (True, False):
-        moe = layer(torch.float32, gated=gated, capacity_factor=0.7)
+        moe = layer(torch.float32, activation, gated=gated, expert_width=width, capacity_factor=0.7)
         with torch.no_grad():
             moe.router.bias[3] = -10.0
         monkeypatch.setattr(Experts, "_fusible", lambda *_, fusible=fusible: fusible)
