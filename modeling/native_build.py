@@ -40,7 +40,7 @@ def compiled(source: Path) -> Path:
         OSError: no compiler, or no place to write.
         subprocess.CalledProcessError: every variant failed; `stderr` is the last one's.
     """
-    compiler = shlex.split(os.environ.get("CC", "cc"))
+    compiler = shlex.split(os.environ.get("CC") or "cc")
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
     key = hashlib.sha256("\0".join([*texts, version, machine(), *FLAGS]).encode()).hexdigest()[:16]
@@ -70,10 +70,11 @@ def library(name: str) -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(compiled(source)))
-    except (OSError, subprocess.CalledProcessError) as error:
-        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home folder
+        said = (getattr(error, "stderr", None) or "").strip() or str(error)
+        reason = next((line for line in said.splitlines() if "error" in line), said.splitlines()[0])
         warnings.warn(
-            f"{name}.c could not be compiled ({lines[0]}): torch operations are used, which are slower. "
+            f"{name}.c could not be compiled ({reason}): torch operations are used, which are slower. "
             "Install a C compiler or name one in CC",
             stacklevel=2,
         )

@@ -156,6 +156,28 @@ def test_a_file_that_does_not_compile_says_what_the_compiler_said(
     assert "expected expression" in caught.value.stderr
 
 
+@pytest.mark.parametrize("place", ["a file", "no home"])
+def test_without_a_place_for_libraries_torch_does_the_work(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    if place == "a file":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(
+            Path, "home", classmethod(lambda _: (_ for _ in ()).throw(RuntimeError("no home directory")))
+        )
+    library.cache_clear()
+    try:
+        with pytest.warns(
+            UserWarning, match=r"native_rows.c could not be compiled \(.*(Not a directory|no home directory)"
+        ):
+            assert library("native_rows") is None
+    finally:
+        library.cache_clear()
+
+
 def test_an_exported_model_without_c_files_says_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
