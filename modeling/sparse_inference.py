@@ -67,6 +67,10 @@ class SparseFFN(nn.Module):
         self.per_neuron = any(parameter.numel() > 1 for parameter in dense.act_fn.parameters())
         inner = [dense.gate_proj, dense.up_proj] if isinstance(dense, GatedFFN) else [dense.up_proj]
         self.first = inner[0].weight
+        if predictor is not None and not predictor.is_of(self.first):
+            raise HookError(
+                f"the {type(predictor).__name__} was made for another matrix than this layer's {tuple(self.first.shape)}"
+            )
         self.second = inner[1].weight if len(inner) > 1 else None
         down = dense.down_proj.weight.detach()
         self.register_buffer("down_rows", down.t().contiguous())

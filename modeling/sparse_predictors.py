@@ -45,6 +45,10 @@ class LowRankPredictor(nn.Module):
         bias = predicted[active].quantile(1.0 - recall) if bool(active.any()) else torch.zeros(())
         return cls(inner.to(weight.dtype).contiguous(), outer.to(weight.dtype).contiguous(), bias.to(weight.dtype))
 
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether it predicts for matrices of this shape."""
+        return (len(self.outer), self.inner.shape[1]) == tuple(weight.shape)
+
     def forward(self, x: Tensor) -> Tensor:
         """Numbers of the neurons predicted active for one token `[D]`."""
         return (dots(self.outer, dots(self.inner, x)) > self.bias).nonzero().squeeze(1)
@@ -57,7 +61,7 @@ class Int8Screen:
     codes C and a scale s per row: `W x = W o + s (C u) + E u`. The input is coded too, `u = t q + d`. By Cauchy-Schwarz, row by row,
     `W x <= W o + s t (C q) + |E| |u| + |s C| |d|`; where that is not positive the neuron is off. `ROUNDING` covers float32 sums.
 
-    No module: a change of the network's dtype must not round what the bound is made of.
+    It holds for the weights that it was made of: convert the network to its dtype first. It is no module, so that none rounds its parts.
 
     Args:
         weight: `[F, D]`, the first matrix.
@@ -86,6 +90,11 @@ class Int8Screen:
         self.left_out = ((scaled - codes * scale).norm(dim=1) + ROUNDING * lengths).float()
         self.length = (codes * scale).norm(dim=1).float()
         self.largest = largest_code(weight.shape[1])
+        self.sums = w.sum(1)
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether it was made of this very matrix; for any other its bound says nothing."""
+        return self.codes.shape == weight.shape and torch.equal(self.sums, weight.detach().double().sum(1))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Numbers `[A]` of the neurons that may be positive for one token `[D]`."""

@@ -217,6 +217,13 @@ def test_what_cannot_decode_sparsely_is_refused_and_left_alone() -> None:
     screen = Int8Screen(silu.model.layers[0].mlp.gate_proj.weight, torch.randn(3, 24))
     with pytest.raises(HookError, match="SiLU is not zero below zero; a screen cannot be used"):
         SparseFFN(silu.model.layers[0].mlp, predictor=screen)
+    inputs = torch.randn(50, 24)
+    for other in (
+        Int8Screen(2.0 * dense.up_proj.weight, inputs),
+        LowRankPredictor.fit(dense.up_proj.weight[:39], inputs, 4),
+    ):
+        with pytest.raises(HookError, match=r"was made for another matrix than this layer's \(40, 24\)"):
+            SparseFFN(dense, predictor=other)
     with pytest.raises(HookError, match="rank 99 must be in"):
         LowRankPredictor.fit(dense.up_proj.weight, torch.randn(50, 24), rank=99)
     with pytest.raises(HookError, match="threshold -1"):
