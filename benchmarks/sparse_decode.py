@@ -21,8 +21,12 @@ from torch import Tensor, nn
 from benchmarks.figures import print_and_keep
 from modeling.config import MesokurtConfig
 from modeling.decoder import MesokurtForCausalLM
+from modeling.ffn_gated import GatedFFN
+from modeling.ffn_mlp import MLP
+from modeling.ffn_moe import MoE
+from modeling.ffn_predicted_mask import PredictedMaskFFN
 from modeling.native_rows import dots
-from modeling.sparse_inference import ffn_inputs, sparsify
+from modeling.sparse_inference import SparseFFN, ffn_inputs, sparsify
 from modeling.sparse_predictors import Int8Screen, LowRankPredictor
 from training.run_directory import environment
 
@@ -213,11 +217,37 @@ def measure_share(ffn: str, share: float) -> dict[str, Any]:
 
 
 @torch.inference_mode()
+def measure_masks() -> list[dict[str, Any]]:
+    """`predicted_mask` layers (SiLU, predictors of rank 64) whose masks keep a tenth of the neurons, against the dense layer."""
+    rows = []
+    for ffn, dense_class in (("mlp", MLP), ("swiglu", GatedFFN)):
+        config = MesokurtConfig(hidden_size=WIDTH, intermediate_size=FFN, num_attention_heads=HEADS)
+        dense = [dense_class(config, i).eval() for i in range(LAYERS)]
+        masked = [PredictedMaskFFN(config, i, rank=RANK, gated=ffn == "swiglu").eval() for i in range(LAYERS)]
+        for parameter in (p for module in (*dense, *masked) for p in module.parameters()):
+            parameter.normal_(std=0.02)
+        tokens = [[torch.randn(1, 1, WIDTH) for _ in range(16)] for _ in range(LAYERS)]
+        for layer, xs in zip(masked, tokens, strict=True):
+            layer.predictor.bias.sub_(layer.predictor(torch.cat(xs)).quantile(0.9))
+        sparse = [SparseFFN(layer) for layer in masked]
+        kept = share_passed([layer.predictor for layer in sparse], tokens)  # type: ignore[misc]
+        seconds = ffn_times({"dense": list(dense), "masked": list(sparse)}, tokens)
+        matrices = 2 if ffn == "mlp" else 3
+        rows.append(
+            {
+                "ffn": ffn,
+                "kept_share": kept,
+                "ffn_seconds_per_token_and_layer": seconds,
+                "ffn_speed_over_dense": ratios(seconds),
+                "limit_by_bytes_read": 1 / (kept + RANK * (WIDTH + FFN) / (WIDTH * FFN * matrices)),
+            }
+        )
+    return rows
+
+
+@torch.inference_mode()
 def measure_experts() -> list[dict[str, Any]]:
     """Mixtures of experts of the same total width as the dense gated SiLU layer, one token at a time."""
-    from modeling.ffn_gated import GatedFFN
-    from modeling.ffn_moe import MoE
-
     rows = []
     config = MesokurtConfig(hidden_size=WIDTH, intermediate_size=FFN, num_attention_heads=HEADS)
     for experts, active in ((16, 8), (16, 4), (16, 2)):
@@ -247,7 +277,7 @@ def measure_experts() -> list[dict[str, Any]]:
 
 
 def measure() -> dict[str, Any]:
-    """Both FFN kinds at every share, then experts."""
+    """Both FFN kinds at every share, then trained masks and experts."""
     torch.set_num_threads(1)
     relu = [measure_share(ffn, share) for ffn in ("mlp", "swiglu") for share in SHARES]
     shape = {
@@ -259,7 +289,13 @@ def measure() -> dict[str, Any]:
         "dtype": "float32",
         "batch": 1,
     }
-    return {"shape": shape, "relu": relu, "experts": measure_experts(), "environment": environment()}
+    return {
+        "shape": shape,
+        "relu": relu,
+        "trained_masks": measure_masks(),
+        "experts": measure_experts(),
+        "environment": environment(),
+    }
 
 
 if __name__ == "__main__":

@@ -134,18 +134,12 @@ class Experts(nn.Module):
 
     def _decode(self, x: Tensor, plan: Plan, weights: Tensor) -> Tensor:
         """One token `[1, D]`: bound by reading its experts' matrices, each of which is read once, where it lies."""
-        chosen, width = plan.counts.nonzero(), self.up_proj.shape[1]
-        rows = (chosen * width + torch.arange(width, device=x.device)).flatten()  # of the stacks as one matrix [E F, D]
         token, act = x.squeeze(0), self._activation()
-        hidden = dots(self.up_proj.flatten(0, 1), token, rows).view(-1, width)
-        if self.gate_proj is None:
-            hidden = act(hidden)
-        else:
-            hidden = act(dots(self.gate_proj.flatten(0, 1), token, rows).view(-1, width)) * hidden
-        hidden = hidden * weights[:, None].to(hidden.dtype)
         output = torch.zeros(x.shape, dtype=weights.dtype)
-        for e, part in zip(chosen.flatten().tolist(), hidden, strict=True):
-            output += dots(self.down_proj[e], part)
+        for e, weight in zip(plan.counts.nonzero().flatten().tolist(), weights, strict=True):
+            hidden = dots(self.up_proj[e], token)
+            hidden = act(hidden) if self.gate_proj is None else act(dots(self.gate_proj[e], token)) * hidden
+            output += dots(self.down_proj[e], hidden) * weight
         return output.to(x.dtype)
 
     @contextlib.contextmanager

@@ -35,6 +35,11 @@ def mass_mask(response: Tensor, r: float, min_keep: int = 1) -> Tensor:
     return torch.zeros_like(kept).scatter(-1, order, kept)
 
 
+def likely(logits: Tensor, min_keep: int = 1) -> Tensor:
+    """Blocks `[..., blocks]` whose probability is above a half, and the `min_keep` likeliest; boolean."""
+    return (logits > 0).scatter(-1, logits.topk(min_keep, dim=-1).indices, True)
+
+
 class MaskPredictor(nn.Module):
     """Logits `[..., blocks]` of "this block of neurons will be kept", linear or through `rank` channels; float32."""
 
@@ -70,8 +75,8 @@ class PredictedMaskFFN(nn.Module):
 
     The predictor is a classifier whose labels are the layer's own responses: the largest `|h|` that hold the share `r` of their sum
     (Elkerdawy et al. 2022). Its loss is the mean binary cross-entropy over blocks and tokens, divided by the number of layers. Masks
-    depend on one token each, so ranks agree without talking. Training computes the dense layer; what the mask spares is spared at
-    inference.
+    depend on one token each, so ranks agree without talking. Training computes the dense layer; what the mask spares is spared in
+    decoding (`sparse_inference`).
 
     Args:
         config, layer: supplied by the decoder.
@@ -175,17 +180,12 @@ class PredictedMaskFFN(nn.Module):
         response = hidden.detach().abs().float().unflatten(-1, (-1, self.block)).sum(-1)
         return mass_mask(response, self.r, self.min_keep)
 
-    def predicted(self, logits: Tensor) -> Tensor:
-        """Blocks whose probability is above a half, and the `min_keep` likeliest."""
-        likeliest = logits.topk(self.min_keep, dim=-1).indices
-        return (logits > 0).scatter(-1, likeliest, True)
-
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Apply to each position; also the predictors' loss, and per layer the share kept, the share asked for and the recall."""
         hidden = self.hidden(x)
         logits = self.predictor(x if self.mode == "joint" else x.detach())
         truth = self.truth(hidden)
-        mask = self.predicted(logits.detach())
+        mask = likely(logits.detach(), self.min_keep)
         applied = torch.where(self.applied > 0, mask, True)
         neurons = applied.repeat_interleave(self.block, dim=-1) if self.block > 1 else applied
         output = self.down_proj(hidden * neurons)

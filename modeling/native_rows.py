@@ -21,15 +21,15 @@ def _kernel(kind: str, matrix: Tensor) -> ctypes._NamedFuncPointer | None:
     return None if found is None else getattr(found, f"{kind}_{NAMES[matrix.dtype]}")
 
 
-def _address(tensor: Tensor | None) -> ctypes.c_void_p | None:
-    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+def _address(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
-def _run(kernel: ctypes._NamedFuncPointer, matrix: Tensor, index: Tensor | None, vector: Tensor, out: Tensor) -> None:
-    count, width = len(matrix) if index is None else len(index), matrix.shape[1]
-    sizes = ctypes.c_int64(count), ctypes.c_int64(width)
-    threads = torch.get_num_threads()
-    kernel(_address(matrix), _address(index), *sizes, _address(vector), _address(out), ctypes.c_int(threads))
+def _run(kernel: ctypes._NamedFuncPointer, out: Tensor, vector: Tensor, matrix: Tensor, *index: Tensor) -> Tensor:
+    count, width = len(index[0]) if index else len(matrix), matrix.shape[1]
+    sizes, threads = (ctypes.c_int64(count), ctypes.c_int64(width)), ctypes.c_int(torch.get_num_threads())
+    kernel(*(_address(t) for t in (matrix, *index)), *sizes, _address(vector), _address(out), threads)
+    return out
 
 
 @torch.compiler.disable
@@ -43,12 +43,12 @@ def dots(matrix: Tensor, x: Tensor, index: Tensor | None = None) -> Tensor:
     """
     if x.shape != matrix.shape[1:]:
         raise ValueError(f"a vector {tuple(x.shape)} for rows of a matrix {tuple(matrix.shape)}")
-    kernel = _kernel("dots", matrix)
+    picked = () if index is None else (index,)
+    kernel = _kernel("dots" if picked else "all", matrix)
     if kernel is None:
-        return (matrix if index is None else matrix.index_select(0, index)) @ x
-    out = torch.empty(len(matrix) if index is None else len(index), dtype=torch.float32, device="cpu")
-    _run(kernel, matrix, index, x.float().contiguous(), out)
-    return out.to(x.dtype)
+        return (matrix.index_select(0, index) if index is not None else matrix) @ x
+    out = torch.empty(len(index) if index is not None else len(matrix), dtype=torch.float32, device="cpu")
+    return _run(kernel, out, x.float().contiguous(), matrix, *picked).to(x.dtype)
 
 
 @torch.compiler.disable
@@ -65,8 +65,7 @@ def weighted_sum(matrix: Tensor, weights: Tensor, index: Tensor) -> Tensor:
         start = torch.zeros(1, dtype=torch.long, device=index.device)
         return F.embedding_bag(index, matrix, start, mode="sum", per_sample_weights=weights).squeeze(0)
     out = torch.empty(matrix.shape[1], dtype=torch.float32, device="cpu")
-    _run(kernel, matrix, index, weights.float().contiguous(), out)
-    return out.to(weights.dtype)
+    return _run(kernel, out, weights.float().contiguous(), matrix, index).to(weights.dtype)
 
 
 @torch.compiler.disable

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from .ffn_gated import GatedFFN
 from .ffn_mlp import MLP
+from .ffn_predicted_mask import PredictedMaskFFN
 from .hooks import HookError
 from .native_rows import dots, weighted_sum
-from .sparse_predictors import Int8Screen, LowRankPredictor
+from .sparse_predictors import Int8Screen, LowRankPredictor, TrainedMask
 
 ZERO_BELOW_ZERO = ("ReLU", "ReLU2", "JumpReLU")
 """Activations of which a screen knows that nothing is lost."""
@@ -36,10 +37,10 @@ ELEMENTWISE = (*ZERO_BELOW_ZERO, "SiLU", "GELU")
 class SparseFFN(nn.Module):
     """A trained FFN for decoding. `[B, T, D] -> [B, T, D]`; for a single token only active neurons are read.
 
-    Without threshold and low-rank predictor the result is the dense one up to the order of sums.
+    Without threshold and low-rank predictor the result is the layer's own up to the order of sums.
 
     Args:
-        dense: the FFN whose weights are used (W_gate and W_up shared, W_down transposed).
+        dense: the FFN whose weights are used (W_gate and W_up shared, W_down transposed). A `predicted_mask` brings its predictor.
         threshold: also leave out neurons that contribute less, `|h_i| ||W_down[:, i]|| < threshold` (CETT's eps of the layer).
         predictor: which neurons to compute at all; those that a `LowRankPredictor` misses are lost, an `Int8Screen` misses none.
     """
@@ -52,29 +53,42 @@ class SparseFFN(nn.Module):
     norms: Tensor
 
     def __init__(
-        self, dense: GatedFFN | MLP, threshold: float = 0.0, predictor: LowRankPredictor | Int8Screen | None = None
+        self,
+        dense: GatedFFN | MLP | PredictedMaskFFN,
+        threshold: float = 0.0,
+        predictor: LowRankPredictor | Int8Screen | None = None,
     ) -> None:
         super().__init__()
-        if type(dense) not in (GatedFFN, MLP):
-            raise HookError(f"{type(dense).__name__} has no sparse decode path; swiglu and mlp have")
-        if predictor is not None and type(dense.act_fn).__name__ not in ELEMENTWISE:
-            raise HookError(f"{type(dense.act_fn).__name__} needs all neurons of a token; a predictor cannot be used")
-        if isinstance(predictor, Int8Screen) and type(dense.act_fn).__name__ not in ZERO_BELOW_ZERO:
-            raise HookError(f"{type(dense.act_fn).__name__} is not zero below zero; a screen cannot be used")
+        if type(dense) not in (GatedFFN, MLP, PredictedMaskFFN):
+            raise HookError(f"{type(dense).__name__} has no sparse decode path; swiglu, mlp and predicted_mask have")
+        own = self._own_predictor(dense, predictor) if isinstance(dense, PredictedMaskFFN) else predictor
+        activation = type(dense.act_fn).__name__
+        if own is not None and activation not in ELEMENTWISE:
+            raise HookError(f"{activation} needs all neurons of a token; a predictor cannot be used")
+        if isinstance(own, Int8Screen) and activation not in ZERO_BELOW_ZERO:
+            raise HookError(f"{activation} is not zero below zero; a screen cannot be used")
         if threshold < 0.0:
             raise HookError(f"threshold {threshold}: must be at least 0")
-        self.act_fn, self.threshold, self.predictor = dense.act_fn, threshold, predictor
+        self.act_fn, self.threshold, self.predictor = dense.act_fn, threshold, own
         self.per_neuron = any(parameter.numel() > 1 for parameter in dense.act_fn.parameters())
-        inner = [dense.gate_proj, dense.up_proj] if isinstance(dense, GatedFFN) else [dense.up_proj]
-        self.first = inner[0].weight
-        if predictor is not None and not predictor.is_of(self.first):
+        gate = getattr(dense, "gate_proj", None)  # an mlp has none, a predicted_mask may
+        inner = [linear.weight for linear in (gate, dense.up_proj) if linear is not None]
+        self.first, self.second = inner[0], inner[1] if len(inner) > 1 else None
+        if own is not None and not own.is_of(self.first):
             raise HookError(
-                f"the {type(predictor).__name__} was made for another matrix than this layer's {tuple(self.first.shape)}"
+                f"the {type(own).__name__} was made for another matrix than this layer's {tuple(self.first.shape)}"
             )
-        self.second = inner[1].weight if len(inner) > 1 else None
         down = dense.down_proj.weight.detach()
         self.register_buffer("down_rows", down.t().contiguous())
         self.register_buffer("norms", down.norm(dim=0))
+
+    @staticmethod
+    def _own_predictor(layer: PredictedMaskFFN, given: object) -> TrainedMask:
+        if given is not None:
+            raise HookError("predicted_mask decodes by the masks that it was trained with; a predictor cannot be given")
+        if not layer.applied:
+            raise HookError("predicted_mask: the run ended before its masks were applied (apply_from); it is dense")
+        return TrainedMask(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to each position."""
@@ -83,6 +97,8 @@ class SparseFFN(nn.Module):
         hidden = self.act_fn(F.linear(x, self.first))
         if self.second is not None:
             hidden = hidden * F.linear(x, self.second)
+        if isinstance(self.predictor, TrainedMask):
+            hidden = hidden * self.predictor.mask(x)
         if self.threshold:
             hidden = torch.where(hidden.abs() * self.norms >= self.threshold, hidden, 0.0)
         return hidden @ self.down_rows
@@ -150,12 +166,8 @@ def sparsify(
         threshold = 0.0 if thresholds is None else thresholds[index]
         predictor = None if predictors is None else predictors[index]
         activation = getattr(layer.mlp, "act_fn", None)
-        if (
-            activation is not None
-            and not threshold
-            and predictor is None
-            and float(activation(torch.tensor([-1.0]))) != 0.0
-        ):
+        all_needed = not threshold and predictor is None and not isinstance(layer.mlp, PredictedMaskFFN)
+        if activation is not None and all_needed and float(activation(torch.tensor([-1.0]))) != 0.0:
             raise HookError(f"{type(activation).__name__} is never exactly zero; give thresholds (CETT) or predictors")
         replaced.append(SparseFFN(layer.mlp, threshold, predictor))
     for layer, ffn in zip(layers, replaced, strict=True):

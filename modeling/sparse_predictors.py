@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .ffn_predicted_mask import PredictedMaskFFN, likely
 from .hooks import HookError
 from .native_rows import code_dots, dots, largest_code
 
@@ -104,3 +105,29 @@ class Int8Screen:
         bound = self.at_origin + self.left_out * u.norm() + self.length * (u - q * step).norm()
         bound.addcmul_(code_dots(self.codes, q.to(torch.int16)).float(), self.scale * step)
         return (bound > 0).nonzero().squeeze(1)
+
+
+class TrainedMask(nn.Module):
+    """The predictor that a `predicted_mask` layer was trained with: what it keeps is what the layer's own mask keeps. `[D] -> [A]`."""
+
+    def __init__(self, layer: PredictedMaskFFN) -> None:
+        super().__init__()
+        self.predictor, self.block, self.min_keep = layer.predictor, layer.block, layer.min_keep
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether it predicts for matrices of this number of rows."""
+        return self.predictor.weight.shape[0] * self.block == len(weight)
+
+    def mask(self, x: Tensor) -> Tensor:
+        """The neurons that each of `[..., D]` keeps, `[..., F]` boolean."""
+        return likely(self.predictor(x), self.min_keep).repeat_interleave(self.block, dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Numbers of the neurons that one token `[D]` keeps."""
+        matrix, narrow = self.predictor.weight, self.predictor.narrow
+        x = x.to(matrix.dtype)
+        logits = dots(matrix, x if narrow is None else dots(narrow, x)) + self.predictor.bias
+        blocks = (logits > 0).nonzero()
+        if len(blocks) < self.min_keep:  # else the likeliest are among them
+            blocks = likely(logits, self.min_keep).nonzero()
+        return (blocks * self.block + torch.arange(self.block, device=x.device)).flatten()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from configs.errors import ConfigError
 from configs.loading import config_from_tree
-from modeling.ffn_predicted_mask import PredictedMaskFFN, flops_reduction, mass_mask
+from modeling.ffn_predicted_mask import PredictedMaskFFN, flops_reduction, likely, mass_mask
 from modeling.hooks import KINDS, HookError, check
 from tests.modeling.small import roughen, small_config, small_model, tokens
 from training.build import check_hooks
@@ -79,7 +79,7 @@ def test_the_mask_loss_reaches_the_network_only_in_joint_mode_and_the_task_never
 def test_only_predicted_neurons_reach_the_output(block: int, rank: int | None, gated: bool) -> None:
     f, x = layer(block=block, rank=rank, gated=gated), states()
     output, found = f(x)
-    mask = f.predicted(f.predictor(x)).repeat_interleave(block, dim=-1)
+    mask = likely(f.predictor(x), f.min_keep).repeat_interleave(block, dim=-1)
     torch.testing.assert_close(output, f.down_proj(f.hidden(x) * mask))
     assert 0.0 < float(found["mask/kept"]) < 1.0
     assert 0.0 <= float(found["mask/recall"]) <= 1.0
@@ -94,7 +94,7 @@ def test_dense_first_then_masked_then_held() -> None:
     assert f(x)[1]["loss/mask"].item() > 0.0
     assert f.predictor.held == ()
     f.before_step(5, 10)
-    assert float(f(x)[1]["loss/mask"]) == 0.0
+    assert f(x)[1]["loss/mask"].item() == 0.0
     assert set(f.predictor.held) == {"weight", "narrow", "bias"}
 
 

@@ -15,7 +15,7 @@ from modeling.sparse_predictors import Int8Screen, LowRankPredictor
 from tests.modeling.small import roughen, small_model, tokens
 
 
-def relu_model(ffn: str, activation: Any = "relu") -> MesokurtForCausalLM:
+def relu_model(ffn: Any, activation: Any = "relu") -> MesokurtForCausalLM:
     return roughen(small_model(ffn=ffn, activation=activation))
 
 
@@ -199,6 +199,48 @@ def test_screens_fitted_on_a_prompt_leave_generation_as_it_is() -> None:
     sparsify(sparse, predictors=[Int8Screen(weight, x) for weight, x in zip(first, inputs, strict=True)])
     settings: Any = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(sparse.generate(tokens(1, 8), **settings), dense.generate(tokens(1, 8), **settings))
+
+
+def masked(activation: Any = "silu", **options: Any) -> MesokurtForCausalLM:
+    return relu_model({"name": "predicted_mask", "options": options}, activation)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": 3}, {"block": 8, "rank": 3}, {"gated": False}, {"block": 5, "gated": False, "min_keep": 2}]
+)
+def test_a_layer_with_trained_masks_gives_its_own_output(options: dict[str, Any], activation: str) -> None:
+    own: Any = masked(activation, **options).model.layers[0].mlp.double()
+    sparse = SparseFFN(own)
+    kept = 0
+    for seed in range(5):
+        x = torch.randn(1, 1, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        assert torch.allclose(sparse(x), own(x)[0], atol=1e-13)
+        kept += len(sparse.active(x.flatten())[0])
+    assert 0 < kept < 5 * 40
+    batch = torch.randn(2, 3, 24, dtype=torch.float64)
+    assert torch.allclose(sparse(batch), own(batch)[0], atol=1e-13)
+
+
+def test_generation_with_trained_masks_gives_the_same_tokens() -> None:
+    own: Any = masked(block=4, rank=6)
+    sparse = copy.deepcopy(own)
+    sparsify(sparse)
+    settings: Any = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(sparse.generate(tokens(1, 8), **settings), own.generate(tokens(1, 8), **settings))
+
+
+def test_masks_that_were_never_applied_and_a_second_predictor_are_refused() -> None:
+    layer: Any = masked().model.layers[0].mlp
+    predictor = LowRankPredictor.fit(layer.gate_proj.weight, torch.randn(50, 24), 4)
+    with pytest.raises(HookError, match="masks that it was trained with; a predictor cannot be given"):
+        SparseFFN(layer, predictor=predictor)
+    layer.before_step(0, 100)
+    with pytest.raises(HookError, match="before its masks were applied"):
+        SparseFFN(layer)
+    with pytest.raises(HookError, match="TopK needs all neurons of a token"):
+        SparseFFN(masked({"name": "topk", "options": {"k": 5}}).model.layers[0].mlp)
 
 
 def test_what_cannot_decode_sparsely_is_refused_and_left_alone() -> None:
