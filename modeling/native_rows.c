@@ -1,7 +1,6 @@
 // Products with some rows of a matrix, for decoding: every row is read once, where it lies.
 //
-// Rows are float32 or bfloat16 (uint16_t); vectors and sums are float32. What a row or column sums to does
-// not depend on the number of threads.
+// Rows are float32 or bfloat16 (uint16_t); vectors and sums are float32. What a row or column sums to does not depend on the number of threads.
 #include "native_vectors.h"
 
 #define CHAINS 4 // sums of a row that run side by side
@@ -72,9 +71,9 @@ static inline void ask_for(const void *row) {
                 int64_t here = smaller(ROWS, count - a), next = smaller(ROWS, count - a - here);                               \
                 const TYPE *row[ROWS];                                                                                         \
                 float weight[ROWS] = {0};                                                                                      \
-                for (int r = 0; r < ROWS; r++) row[r] = matrix + index[r < here ? a + r : a] * width;                  \
+                for (int r = 0; r < ROWS; r++) row[r] = matrix + index[r < here ? a + r : a] * width;                          \
                 for (int r = 0; r < here; r++) weight[r] = weights[a + r];                                                     \
-                for (int r = 0; r < next; r++) ask_for(matrix + index[a + ROWS + r] * width + from);                   \
+                for (int r = 0; r < next; r++) ask_for(matrix + index[a + ROWS + r] * width + from);                           \
                 int64_t d = from;                                                                                              \
                 for (; d + LANES <= to; d += LANES) {                                                                          \
                     floats v = load_float(out + d);                                                                            \

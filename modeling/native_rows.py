@@ -43,7 +43,7 @@ def dots(matrix: Tensor, x: Tensor, index: Tensor | None = None) -> Tensor:
     """
     if x.shape != matrix.shape[1:]:
         raise ValueError(f"a vector {tuple(x.shape)} for rows of a matrix {tuple(matrix.shape)}")
-    picked = () if index is None else (index,)
+    picked = () if index is None else (index.long().contiguous(),)
     kernel = _kernel("dots" if picked else "all", matrix)
     if kernel is None:
         return (matrix.index_select(0, index) if index is not None else matrix) @ x
@@ -65,7 +65,7 @@ def weighted_sum(matrix: Tensor, weights: Tensor, index: Tensor) -> Tensor:
         start = torch.zeros(1, dtype=torch.long, device=index.device)
         return F.embedding_bag(index, matrix, start, mode="sum", per_sample_weights=weights).squeeze(0)
     out = torch.empty(matrix.shape[1], dtype=torch.float32, device="cpu")
-    return _run(kernel, out, weights.float().contiguous(), matrix, index).to(weights.dtype)
+    return _run(kernel, out, weights.float().contiguous(), matrix, index.long().contiguous()).to(weights.dtype)
 
 
 @torch.compiler.disable
