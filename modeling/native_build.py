@@ -43,7 +43,7 @@ def compiled(source: Path) -> Path:
     compiler = shlex.split(os.environ.get("CC") or "cc")
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
-    key = hashlib.sha256("\0".join([*texts, version, machine(), *FLAGS]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([*texts, *compiler, version, machine(), *FLAGS]).encode()).hexdigest()[:16]
     target = cache_folder() / f"{source.stem}-{key}.so"
     if target.exists():
         return target
