@@ -136,6 +136,11 @@ def share_passed(predictors: Sequence[Callable[[Tensor], Tensor]], tokens: list[
     return statistics.mean(len(predictor(x.flatten())) / FFN for predictor, x in pairs)
 
 
+def predicted_limit(passed: float, matrices: int) -> float:
+    """How many times the dense layer a rank-64 predictor could be by the bytes read, when a share `passed` of the neurons is computed."""
+    return 1 / (passed + RANK * (WIDTH + FFN) / (WIDTH * FFN * matrices))
+
+
 def ffn_times(ffns: dict[str, list[nn.Module]], tokens: list[list[Tensor]]) -> dict[str, float]:
     """Seconds per token and layer of each kind of FFN over all layers (their weights do not fit in cache together)."""
 
@@ -209,7 +214,7 @@ def measure_share(ffn: str, share: float) -> dict[str, Any]:
         "limit_by_bytes_read": {
             "exact zeros": matrices / (1 + (matrices - 1) * planted),
             "screened": matrices / (1 / 4 + passed["screened"] + (matrices - 1) * planted),
-            "predicted": 1 / (passed["predicted"] + RANK * (WIDTH + FFN) / (WIDTH * FFN * matrices)),
+            "predicted": predicted_limit(passed["predicted"], matrices),
         },
         "end_to_end_seconds_per_token": whole,
         "end_to_end_speed_over_dense": ratios(whole),
@@ -232,14 +237,13 @@ def measure_masks() -> list[dict[str, Any]]:
         sparse = [SparseFFN(layer) for layer in masked]
         kept = share_passed([layer.predictor for layer in sparse], tokens)  # type: ignore[misc]
         seconds = ffn_times({"dense": list(dense), "masked": list(sparse)}, tokens)
-        matrices = 2 if ffn == "mlp" else 3
         rows.append(
             {
                 "ffn": ffn,
                 "kept_share": kept,
                 "ffn_seconds_per_token_and_layer": seconds,
                 "ffn_speed_over_dense": ratios(seconds),
-                "limit_by_bytes_read": 1 / (kept + RANK * (WIDTH + FFN) / (WIDTH * FFN * matrices)),
+                "limit_by_bytes_read": predicted_limit(kept, 2 if ffn == "mlp" else 3),
             }
         )
     return rows

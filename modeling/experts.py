@@ -17,6 +17,7 @@ from .expert_exchange import through_owners
 from .experts_fused import Activation, fused_experts
 from .hooks import KINDS, HookError, build
 from .initializers import truncated_normal_
+from .native_gating import GatingKernel
 from .native_rows import dots
 
 
@@ -121,8 +122,9 @@ class Experts(nn.Module):
         gate = None if self.gate_proj is None else self.gate_proj.to(x.dtype)
         up, down = self.up_proj.to(x.dtype), self.down_proj.to(x.dtype)
         if self._fusible(x):
-            activation = Activation(self._activation(), own(self.act_fn, "pullback"), own(self.act_fn, "gating_kernel"))
-            return fused_experts(x, weights, gate, up, down, plan, activation)
+            kernel = None if gate is None else GatingKernel.of(own(self.act_fn, "gating_kernel"), down)
+            act = Activation(self._activation(), own(self.act_fn, "pullback"), kernel)
+            return fused_experts(x, weights, gate, up, down, plan, act)
         tokens = x.index_select(0, plan.rows)
         if has_grouped(x):
             ends = plan.counts.cumsum(0).int()

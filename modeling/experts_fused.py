@@ -72,11 +72,11 @@ def padded(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Activation(NamedTuple):
-    """A function of hidden values, its pullback `(upstream, x) -> gradient in x` where it has one, and the name of its `GatingKernel`."""
+    """A function of hidden values, its pullback `(upstream, x) -> gradient in x` where it has one, and its kernel when it is gated."""
 
     function: Callable[[Tensor], Tensor]
     pullback: Callable[[Tensor, Tensor], Tensor] | None = None
-    gating_kernel: str | None = None
+    kernel: GatingKernel | None = None
 
     def with_pullback(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The value at x, and what maps a gradient in it to one in x."""
@@ -88,15 +88,10 @@ class Activation(NamedTuple):
             value = self.function(leaf)
         return value.detach(), lambda upstream: torch.autograd.grad(value, leaf, upstream)[0]
 
-    def kernel(self, first: Tensor, second: Tensor | None) -> GatingKernel | None:
-        """What computes `act(first) * second` and its gradients in one pass, if there is such a kernel."""
-        return None if second is None else GatingKernel.of(self.gating_kernel, first)
-
     def hidden_of(self, first: Tensor, second: Tensor | None) -> Tensor:
         """`act(first) * second`, or `act(first)`. `[N, F]`."""
-        kernel = self.kernel(first, second)
-        if kernel is not None and second is not None:
-            return kernel.forward(first, second)
+        if self.kernel is not None and second is not None:
+            return self.kernel.forward(first, second)
         hidden = self.function(first)
         return hidden if second is None else hidden * second
 
@@ -104,9 +99,8 @@ class Activation(NamedTuple):
         self, first: Tensor, second: Tensor | None, d_hidden: Tensor, products: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """`hidden_of` again, and its gradients in first and second; `products` `[N]` gets the sums of hidden times d_hidden."""
-        kernel = self.kernel(first, second)
-        if kernel is not None and second is not None and products.dtype == torch.float32:
-            return kernel.backward(first, second, d_hidden, products)
+        if self.kernel is not None and second is not None and products.dtype == torch.float32:
+            return self.kernel.backward(first, second, d_hidden, products)
         value, pull = self.with_pullback(first)
         hidden = value if second is None else value * second
         torch.sum(hidden * d_hidden, -1, dtype=products.dtype, out=products)

@@ -1,4 +1,4 @@
-"""Kernels in C for what torch has no fast operation for: compiled on first use with the machine's compiler, kept, and loaded."""
+"""Kernels in C for what torch has no fast operation for: compiled on first use with the machine's compiler, kept, loaded, and called."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ import shlex
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
 VARIANTS = (("-march=native", "-fopenmp"), ("-march=native",), ())
 """Tried in order: not every compiler has OpenMP, or knows what `native` is."""
+NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+"""How the functions for a dtype end."""
 
 
 def cache_folder() -> Path:
@@ -51,7 +57,7 @@ def compiled(source: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         for variant in VARIANTS:
-            command = [*compiler, *FLAGS, *variant, str(source), "-o", str(made), "-lm"]
+            command = [*compiler, *FLAGS, *variant, str(source), "-o", str(made)]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode == 0:
                 made.replace(target)  # whole or not at all: other processes may be building too
@@ -79,3 +85,13 @@ def library(name: str) -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+
+
+def call(function: Callable[..., None], *tensors: Tensor, rows: int, width: int) -> None:
+    """Call a kernel: the tensors' addresses, then the sizes of the matrix, then as many threads as torch has.
+
+    Their types, lengths and values are the caller's to check; C takes them as they are.
+    """
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    function(*addresses, ctypes.c_int64(rows), ctypes.c_int64(width), ctypes.c_int(torch.get_num_threads()))

@@ -27,7 +27,7 @@ static inline void ask_for(const void *row) {
 
 // out[a] = <matrix[a], x>, rows in order
 #define ALL(NAME, TYPE)                                                                                                        \
-    void all_##NAME(const TYPE *matrix, int64_t count, int64_t width, const float *x, float *out, int threads) {               \
+    void all_##NAME(const TYPE *matrix, const float *x, float *out, int64_t count, int64_t width, int threads) {               \
         _Pragma("omp parallel for num_threads(threads) if (threads > 1)") for (int64_t a = 0; a < count; a++) {                \
             if (a + 1 < count) ask_for(matrix + (a + 1) * width);                                                              \
             out[a] = dot_##NAME(matrix + a * width, width, x);                                                                 \
@@ -36,7 +36,7 @@ static inline void ask_for(const void *row) {
 
 // out[a] = <matrix[index[a]], x>; what a block lacks of ROWS are copies of its first row
 #define DOTS(NAME, TYPE)                                                                                                       \
-    void dots_##NAME(const TYPE *matrix, const int64_t *index, int64_t count, int64_t width, const float *x, float *out,       \
+    void dots_##NAME(const TYPE *matrix, const int64_t *index, const float *x, float *out, int64_t count, int64_t width,       \
                      int threads) {                                                                                            \
         _Pragma("omp parallel for num_threads(threads) if (threads > 1)") for (int64_t a = 0; a < count; a += ROWS) {          \
             int64_t here = smaller(ROWS, count - a), next = smaller(ROWS, count - a - here), d = 0;                            \
@@ -61,7 +61,7 @@ static inline void ask_for(const void *row) {
 
 // out[d] = sum_a weights[a] matrix[index[a], d]; each thread has its own columns
 #define SUM(NAME, TYPE)                                                                                                        \
-    void sum_##NAME(const TYPE *matrix, const int64_t *index, int64_t count, int64_t width, const float *weights, float *out,  \
+    void sum_##NAME(const TYPE *matrix, const int64_t *index, const float *weights, float *out, int64_t count, int64_t width,  \
                     int threads) {                                                                                             \
         int64_t part = (width / threads + STEP - 1) / STEP * STEP;                                                             \
         _Pragma("omp parallel for num_threads(threads) if (threads > 1)") for (int t = 0; t < threads; t++) {                  \
@@ -96,7 +96,7 @@ BOTH(DOTS)
 BOTH(SUM)
 
 // out[a] = <codes[a], x>, exact: the caller keeps x so small that sums fit
-void dots_int8(const int8_t *codes, int64_t count, int64_t width, const int16_t *x, int32_t *out, int threads) {
+void dots_int8(const int8_t *codes, const int16_t *x, int32_t *out, int64_t count, int64_t width, int threads) {
     _Pragma("omp parallel for num_threads(threads) if (threads > 1)") for (int64_t a = 0; a < count; a++) {
         const int8_t *row = codes + a * width;
         if (a + 1 < count) ask_for(row + width);

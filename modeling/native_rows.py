@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .native_build import library
-
-NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+from .native_build import NAMES, call, library
 
 
-def _kernel(kind: str, matrix: Tensor) -> ctypes._NamedFuncPointer | None:
+def _kernel(kind: str, matrix: Tensor) -> Any:
     """The compiled function for a matrix; None where torch has to do it."""
     if matrix.device.type != "cpu" or matrix.dtype not in NAMES or not matrix.is_contiguous():
         return None
     found = library("native_rows")
     return None if found is None else getattr(found, f"{kind}_{NAMES[matrix.dtype]}")
-
-
-def _address(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _run(kernel: ctypes._NamedFuncPointer, out: Tensor, vector: Tensor, matrix: Tensor, *index: Tensor) -> Tensor:
-    count, width = len(index[0]) if index else len(matrix), matrix.shape[1]
-    sizes, threads = (ctypes.c_int64(count), ctypes.c_int64(width)), ctypes.c_int(torch.get_num_threads())
-    kernel(*(_address(t) for t in (matrix, *index)), *sizes, _address(vector), _address(out), threads)
-    return out
 
 
 @torch.compiler.disable
@@ -43,12 +30,14 @@ def dots(matrix: Tensor, x: Tensor, index: Tensor | None = None) -> Tensor:
     """
     if x.shape != matrix.shape[1:]:
         raise ValueError(f"a vector {tuple(x.shape)} for rows of a matrix {tuple(matrix.shape)}")
-    picked = () if index is None else (index.long().contiguous(),)
-    kernel = _kernel("dots" if picked else "all", matrix)
+    kernel = _kernel("all" if index is None else "dots", matrix)
     if kernel is None:
-        return (matrix.index_select(0, index) if index is not None else matrix) @ x
-    out = torch.empty(len(index) if index is not None else len(matrix), dtype=torch.float32, device="cpu")
-    return _run(kernel, out, x.float().contiguous(), matrix, *picked).to(x.dtype)
+        return (matrix if index is None else matrix.index_select(0, index)) @ x
+    picked = () if index is None else (index.long().contiguous(),)
+    count = len(matrix) if index is None else len(index)
+    out = torch.empty(count, dtype=torch.float32, device="cpu")
+    call(kernel, matrix, *picked, x.float().contiguous(), out, rows=count, width=matrix.shape[1])
+    return out.to(x.dtype)
 
 
 @torch.compiler.disable
@@ -64,8 +53,9 @@ def weighted_sum(matrix: Tensor, weights: Tensor, index: Tensor) -> Tensor:
     if kernel is None:
         start = torch.zeros(1, dtype=torch.long, device=index.device)
         return F.embedding_bag(index, matrix, start, mode="sum", per_sample_weights=weights).squeeze(0)
-    out = torch.empty(matrix.shape[1], dtype=torch.float32, device="cpu")
-    return _run(kernel, out, weights.float().contiguous(), matrix, index.long().contiguous()).to(weights.dtype)
+    out, picked = torch.empty(matrix.shape[1], dtype=torch.float32, device="cpu"), index.long().contiguous()
+    call(kernel, matrix, picked, weights.float().contiguous(), out, rows=len(index), width=matrix.shape[1])
+    return out.to(weights.dtype)
 
 
 @torch.compiler.disable
@@ -75,8 +65,7 @@ def code_dots(codes: Tensor, x: Tensor) -> Tensor:
     if found is None:
         return (codes.double() @ x.double()).int()
     out = torch.empty(len(codes), dtype=torch.int32, device="cpu")
-    sizes = (ctypes.c_int64(size) for size in codes.shape)
-    found.dots_int8(_address(codes), *sizes, _address(x), _address(out), ctypes.c_int(torch.get_num_threads()))
+    call(found.dots_int8, codes, x, out, rows=len(codes), width=codes.shape[1])
     return out
 
 

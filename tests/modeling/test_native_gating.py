@@ -13,10 +13,8 @@ from modeling.experts_fused import Activation
 from modeling.native_build import library
 from modeling.native_gating import GatingKernel
 
-ROUNDING = {
-    torch.float32: 2.0**-21,
-    torch.bfloat16: 2.0**-8,
-}  # a few units in the last place of float32; half of one, and that of float32
+# A few units in the last place of float32; half a unit of bfloat16, and float32's.
+ROUNDING = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-8}
 
 
 def kernel_of(kind: Any, like: Tensor) -> GatingKernel:
@@ -102,8 +100,9 @@ def test_both_ways_of_an_activation_agree(kind: Any) -> None:
     act: nn.Module = kind()
     results = []
     for name in (None, kind.gating_kernel):
-        way, products = Activation(act.forward, kind.pullback.__get__(act), name), torch.empty(len(gate))
-        assert (way.kernel(gate, up) is None) == (name is None)
+        way = Activation(act.forward, kind.pullback.__get__(act), GatingKernel.of(name, gate))
+        products = torch.empty(len(gate))
+        assert (way.kernel is None) == (name is None)
         results.append([way.hidden_of(gate, up), *way.gradients_of(gate, up, upstream.clone(), products), products])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
