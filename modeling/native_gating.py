@@ -19,6 +19,7 @@ class GatingKernel:
         self._forward, self._backward = forward, backward
 
     @staticmethod
+    @torch.compiler.disable
     def of(name: str | None, like: Tensor) -> GatingKernel | None:
         """The kernel of that name (an activation's `gating_kernel`) for tensors like `like` `[..., F]`; None where torch has to do it."""
         if name is None or like.device.type != "cpu" or like.dtype not in NAMES or like.shape[-1] % LANES:
