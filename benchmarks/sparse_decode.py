@@ -22,11 +22,9 @@ from benchmarks.figures import print_and_keep
 from modeling.config import MesokurtConfig
 from modeling.decoder import MesokurtForCausalLM
 from modeling.ffn_gated import GatedFFN
-from modeling.ffn_mlp import MLP
 from modeling.ffn_moe import MoE
-from modeling.ffn_predicted_mask import PredictedMaskFFN
 from modeling.native_rows import dots
-from modeling.sparse_inference import SparseFFN, ffn_inputs, sparsify
+from modeling.sparse_inference import ffn_inputs, sparsify
 from modeling.sparse_predictors import Int8Screen, LowRankPredictor
 from training.run_directory import environment
 
@@ -221,29 +219,56 @@ def measure_share(ffn: str, share: float) -> dict[str, Any]:
     }
 
 
+def silu_model(ffn: str | dict[str, Any]) -> MesokurtForCausalLM:
+    """Six layers of width 1024 with a SiLU FFN of 4096 neurons and weights N(0, 0.02)."""
+    config = MesokurtConfig(
+        hidden_size=WIDTH, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, vocab_size=VOCAB,
+        norm="rmsnorm", embedding="plain", ffn=ffn, max_position_embeddings=256,
+    )  # fmt: skip
+    model = MesokurtForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(std=0.02)
+    return model
+
+
+@torch.inference_mode()
+def plant_masks(model: MesokurtForCausalLM, share: float, tokens: Tensor) -> None:
+    """Set the predictors' biases so that `share` of the scores on these tokens is above 0."""
+
+    def shift(module: Any, arguments: tuple[Tensor]) -> None:
+        scores = module.predictor(arguments[0]).flatten()
+        module.predictor.bias.sub_(scores[:1_000_000].quantile(1.0 - share))
+
+    handles = [layer.mlp.register_forward_pre_hook(shift) for layer in layers_of(model)]
+    model(input_ids=tokens)
+    for handle in handles:
+        handle.remove()
+
+
 @torch.inference_mode()
 def measure_masks() -> list[dict[str, Any]]:
     """`predicted_mask` layers (SiLU, predictors of rank 64) whose masks keep a tenth of the neurons, against the dense layer."""
     rows = []
-    for ffn, dense_class in (("mlp", MLP), ("swiglu", GatedFFN)):
-        config = MesokurtConfig(hidden_size=WIDTH, intermediate_size=FFN, num_attention_heads=HEADS)
-        dense = [dense_class(config, i).eval() for i in range(LAYERS)]
-        masked = [PredictedMaskFFN(config, i, rank=RANK, gated=ffn == "swiglu").eval() for i in range(LAYERS)]
-        for parameter in (p for module in (*dense, *masked) for p in module.parameters()):
-            parameter.normal_(std=0.02)
-        tokens = [[torch.randn(1, 1, WIDTH) for _ in range(16)] for _ in range(LAYERS)]
-        for layer, xs in zip(masked, tokens, strict=True):
-            layer.predictor.bias.sub_(layer.predictor(torch.cat(xs)).quantile(0.9))
-        sparse = [SparseFFN(layer) for layer in masked]
-        kept = share_passed([layer.predictor for layer in sparse], tokens)  # type: ignore[misc]
-        seconds = ffn_times({"dense": list(dense), "masked": list(sparse)}, tokens)
+    sample = torch.randint(0, VOCAB, (8, 64), generator=torch.Generator().manual_seed(0))
+    for ffn in ("mlp", "swiglu"):
+        options = {"rank": RANK, "gated": ffn == "swiglu"}
+        models = {"dense": silu_model(ffn), "masked": silu_model({"name": "predicted_mask", "options": options})}
+        plant_masks(models["masked"], 0.1, sample)
+        tokens = [[x[i].view(1, 1, -1) for i in range(3, len(x), 8)] for x in ffn_inputs(models["masked"], sample)]
+        sparsify(models["masked"])
+        ffns: dict[str, list[Any]] = {name: [layer.mlp for layer in layers_of(m)] for name, m in models.items()}
+        kept = share_passed([layer.predictor for layer in ffns["masked"]], tokens)
+        alone, whole = ffn_times(ffns, tokens), generation_times(models, sample[:1, :PROMPT])
         rows.append(
             {
                 "ffn": ffn,
                 "kept_share": kept,
-                "ffn_seconds_per_token_and_layer": seconds,
-                "ffn_speed_over_dense": ratios(seconds),
+                "ffn_seconds_per_token_and_layer": alone,
+                "ffn_speed_over_dense": ratios(alone),
                 "limit_by_bytes_read": predicted_limit(kept, 2 if ffn == "mlp" else 3),
+                "end_to_end_seconds_per_token": whole,
+                "end_to_end_speed_over_dense": ratios(whole),
             }
         )
     return rows

@@ -85,7 +85,7 @@ def test_changes_across_documents_and_padding_do_not_count() -> None:
     x = random(2, 5, 3)
     f = layer()
     change = f(x)[0].diff(dim=1)
-    assert f(x, mask)[1]["loss/delta"].item() == pytest.approx(float((change.abs() * wanted[..., None]).mean()))
+    assert f(x, mask)[1]["loss/delta"].item() == pytest.approx((change.abs() * wanted[..., None]).mean().item())
     with pytest.raises(ValueError, match="document boundaries"):
         f(x, torch.ones(2, 5))
 
@@ -94,7 +94,7 @@ def test_the_penalty_does_not_depend_on_how_a_batch_is_cut() -> None:
     ids = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 3]])  # unequal numbers of neighbours
     x, f, mask = random(2, 4, 3), layer(), document_mask(ids)
     whole = f(x, mask)[1]["loss/delta"].item()
-    parts = [float(f(x[i : i + 1], mask[i : i + 1])[1]["loss/delta"]) for i in range(2)]
+    parts = [f(x[i : i + 1], mask[i : i + 1])[1]["loss/delta"].item() for i in range(2)]
     assert whole == pytest.approx(sum(parts) / 2, rel=1e-12)
 
 
