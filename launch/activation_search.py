@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,10 @@ def pre_activations(model: PreTrainedModel, rows: Tensor) -> list[np.ndarray[Any
 
 
 def output_entropy(act: nn.Module, x: np.ndarray[Any, np.dtype[np.float64]]) -> float:
-    """Entropy in nats of the activation's output at unit output variance, where it increases: `H(X) + E log f'(X) - log std f(X)`."""
+    """Entropy in nats of the activation's output at unit output variance, where it increases: `H(X) + E log f'(X) - log std f(X)`.
+
+    The inputs there end at a hard edge, over which smoothing would leak: they are mirrored at it, which adds log 2.
+    """
     inputs = torch.tensor(x, dtype=torch.float32, requires_grad=True)
     outputs = act(inputs)
     (slope,) = torch.autograd.grad(outputs.sum(), inputs)
@@ -55,10 +59,13 @@ def output_entropy(act: nn.Module, x: np.ndarray[Any, np.dtype[np.float64]]) -> 
         return float("nan")
     part = inputs.detach()[rising].double().numpy()
     scale = float(outputs.detach()[rising].double().std())
-    return Density.of(part).entropy + float(slope[rising].double().log().mean()) - float(np.log(scale))
+    mirrored = np.concatenate([part, 2.0 * part.min() - part])
+    return (
+        Density.of(mirrored).entropy - math.log(2.0) + float(slope[rising].double().log().mean()) - float(np.log(scale))
+    )
 
 
-def search_activation(model: PreTrainedModel, rows: Tensor) -> list[dict[str, float]]:
+def search_activation(model: PreTrainedModel, rows: Tensor) -> list[dict[str, float | None]]:
     """Per layer: moments and entropy of the pre-activations, output entropy of the activation in use, and the suggested eps."""
     found = []
     for layer, x in zip(ffn_layers(model), pre_activations(model, rows), strict=True):
@@ -66,13 +73,14 @@ def search_activation(model: PreTrainedModel, rows: Tensor) -> list[dict[str, fl
         elementwise = not getattr(layer.act, "sees_mask", False) and getattr(layer.act, "k", None) is None
         parameters = list(layer.act.parameters())
         plain = elementwise and all(p.numel() == 1 for p in parameters)
+        known = output_entropy(layer.act, x) if plain else math.nan
         found.append(
             {
                 "mean": density.mean,
                 "std": density.std,
                 "excess_kurtosis": density.kurtosis,
                 "entropy": density.entropy,
-                "output_entropy": output_entropy(layer.act, x) if plain else float("nan"),
+                "output_entropy": known if math.isfinite(known) else None,
                 "near_one": float(((np.abs(x) > 0.5) & (np.abs(x) < 2.0)).mean()),
                 "suggested_eps": suggested_epsilon(x),
             }

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -62,6 +63,15 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
     return arguments
 
 
+def without_nan(value: Any) -> Any:
+    """With null for every number that is not finite: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; exit code 0, 1 (failed) or 2 (wrong command line or config)."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -77,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         with contextlib.redirect_stdout(sys.stderr):
             result, code = arguments.run(arguments)
-        print(json.dumps(result, default=str))
+        print(json.dumps(without_nan(result), default=str, allow_nan=False))
         return code
 
     return run_or_exit(command, arguments.debug)

@@ -154,7 +154,7 @@ def _windows(tokenizer: PreTrainedTokenizerBase, text: str, window: int, option:
     count = len(tokens) // window
     if count < 1:
         raise UserError(
-            f"{option}: {len(tokens)} tokens are too few for one window of {window}; give a smaller --window"
+            f"{option}: {len(tokens)} tokens are too few for one window of {window}; give more text (evaluate: or a smaller --window)"
         )
     return Text(name, tokens[: count * window].view(count, window), len(text.encode()) / len(tokens))
 

@@ -19,7 +19,7 @@ class _JumpReLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(x, threshold)
         ctx.bandwidth = bandwidth
-        return x * (x > threshold)
+        return torch.where(x > threshold, x, 0.0)  # a product would make NaN of -inf
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:

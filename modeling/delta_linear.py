@@ -27,7 +27,7 @@ class DeltaLinear:
         exact = not weight.is_floating_point()
         if exact and step is not None:
             raise ValueError("integer weights need the grid's step folded into their columns")
-        dtype = weight.dtype if exact or weight.dtype == torch.float64 else torch.float32
+        dtype = torch.int64 if exact else torch.promote_types(weight.dtype, torch.float32)
         self.columns = (weight.detach().to(dtype) if step is None else weight.detach().to(dtype) * step.detach()).T
         self.columns = self.columns.contiguous()  # [F, D]: a column of W is a row here
         self.bias = None if bias is None else bias.detach().to(dtype)
@@ -47,8 +47,14 @@ class DeltaLinear:
         Raises:
             ValueError: codes that are not integers, or of another shape than the stream's.
         """
-        if codes.is_floating_point() or codes.ndim != 2 or codes.shape[1] != len(self.columns):
+        if (
+            codes.is_floating_point()
+            or codes.dtype == torch.bool
+            or codes.ndim != 2
+            or codes.shape[1] != len(self.columns)
+        ):
             raise ValueError(f"codes must be integers [B, {len(self.columns)}], not {codes.dtype} {list(codes.shape)}")
+        codes = codes.long()  # a difference of narrow integers may not fit into their type
         if self.codes is not None and self.codes.shape != codes.shape:
             raise ValueError(f"the stream has {len(self.codes)} rows, not {len(codes)}; reset() begins a new one")
         if self.codes is None or self.sums is None or (self.refresh is not None and self.steps % self.refresh == 0):
@@ -63,7 +69,7 @@ class DeltaLinear:
                 if len(places):
                     self.sums[row] += moved[places].to(self.columns.dtype) @ self.columns[places]
             self.inputs += change.numel()
-        self.codes, self.steps = codes.clone(), self.steps + 1
+        self.codes, self.steps = codes, self.steps + 1
         return self.sums.clone()
 
     @property

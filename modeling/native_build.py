@@ -43,11 +43,13 @@ def compiled(source: Path) -> Path:
     """The library of a C file, built if this compiler, source and machine have none yet.
 
     Raises:
-        OSError: no compiler, or no place to write.
+        OSError, RuntimeError, ValueError: no compiler, no place to write, or a CC that cannot be read.
         subprocess.CalledProcessError: every variant failed; `stderr` is the last one's.
     """
     compiler = shlex.split(os.environ.get("CC") or "cc")
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run(
+        [*compiler, "--version"], capture_output=True, text=True, errors="replace", check=True
+    ).stdout
     texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
     key = hashlib.sha256("\0".join([*texts, *compiler, version, machine(), *FLAGS]).encode()).hexdigest()[:16]
     target = cache_folder() / f"{source.stem}-{key}.so"
@@ -58,7 +60,7 @@ def compiled(source: Path) -> Path:
         made = Path(folder) / target.name
         for variant in VARIANTS:
             command = [*compiler, *FLAGS, *variant, str(source), "-o", str(made)]
-            result = subprocess.run(command, capture_output=True, text=True)
+            result = subprocess.run(command, capture_output=True, text=True, errors="replace")
             if result.returncode == 0:
                 made.replace(target)  # whole or not at all: other processes may be building too
                 return target
@@ -76,7 +78,12 @@ def library(name: str) -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(compiled(source)))
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home folder
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        subprocess.CalledProcessError,
+    ) as error:  # no home folder; no closing quote in CC
         said = (getattr(error, "stderr", None) or "").strip() or str(error)
         reason = next((line for line in said.splitlines() if "error" in line), said.splitlines()[0])
         warnings.warn(

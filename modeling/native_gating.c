@@ -21,6 +21,7 @@ static inline floats exponential(floats x) {
 // act(x); its derivative in `slope`
 static inline floats silu(floats x, floats *slope) {
     floats sigmoid = 1.0f / (1.0f + exponential(-x));
+    sigmoid = as_floats(as_words(sigmoid) & ~(words)(x < -88.0f)); // where `exponential` ends: 1e-38 of a large number is something
     *slope = sigmoid * (1.0f + x * (1.0f - sigmoid));
     return x * sigmoid;
 }

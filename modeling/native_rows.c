@@ -70,18 +70,22 @@ static inline void ask_for(const void *row) {
             for (int64_t a = 0; a < count; a += ROWS) {                                                                        \
                 int64_t here = smaller(ROWS, count - a), next = smaller(ROWS, count - a - here);                               \
                 const TYPE *row[ROWS];                                                                                         \
-                float weight[ROWS] = {0};                                                                                      \
-                for (int r = 0; r < ROWS; r++) row[r] = matrix + index[r < here ? a + r : a] * width;                          \
-                for (int r = 0; r < here; r++) weight[r] = weights[a + r];                                                     \
+                float weight[ROWS];                                                                                            \
+                for (int r = 0; r < here; r++) row[r] = matrix + index[a + r] * width, weight[r] = weights[a + r];             \
                 for (int r = 0; r < next; r++) ask_for(matrix + index[a + ROWS + r] * width + from);                           \
                 int64_t d = from;                                                                                              \
-                for (; d + LANES <= to; d += LANES) {                                                                          \
+                for (; here == ROWS && d + LANES <= to; d += LANES) {                                                          \
                     floats v = load_float(out + d);                                                                            \
                     for (int r = 0; r < ROWS; r++) v += weight[r] * load_##NAME(row[r] + d);                                   \
                     store_float(out + d, v);                                                                                   \
                 }                                                                                                              \
+                for (; d + LANES <= to; d += LANES) {                                                                          \
+                    floats v = load_float(out + d);                                                                            \
+                    for (int r = 0; r < here; r++) v += weight[r] * load_##NAME(row[r] + d);                                   \
+                    store_float(out + d, v);                                                                                   \
+                }                                                                                                              \
                 for (; d < to; d++)                                                                                            \
-                    for (int r = 0; r < ROWS; r++) out[d] += weight[r] * one_##NAME(row[r] + d);                               \
+                    for (int r = 0; r < here; r++) out[d] += weight[r] * one_##NAME(row[r] + d);                               \
             }                                                                                                                  \
         }                                                                                                                      \
     }

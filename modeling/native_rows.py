@@ -32,7 +32,9 @@ def dots(matrix: Tensor, x: Tensor, index: Tensor | None = None) -> Tensor:
         raise ValueError(f"a vector {tuple(x.shape)} for rows of a matrix {tuple(matrix.shape)}")
     kernel = _kernel("all" if index is None else "dots", matrix)
     if kernel is None:
-        return (matrix if index is None else matrix.index_select(0, index)) @ x
+        rows = matrix if index is None else matrix.index_select(0, index)
+        wide = torch.promote_types(rows.dtype, x.dtype)
+        return (rows.to(wide) @ x.to(wide)).to(x.dtype)
     picked = () if index is None else (index.long().contiguous(),)
     count = len(matrix) if index is None else len(index)
     out = torch.empty(count, dtype=torch.float32, device="cpu")

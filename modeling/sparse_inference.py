@@ -14,6 +14,7 @@ batches) take the dense way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,8 +68,10 @@ class SparseFFN(nn.Module):
             raise HookError(f"{activation} needs all neurons of a token; a predictor cannot be used")
         if isinstance(own, Int8Screen) and activation not in ZERO_BELOW_ZERO:
             raise HookError(f"{activation} is not zero below zero; a screen cannot be used")
-        if threshold < 0.0:
-            raise HookError(f"threshold {threshold}: must be at least 0")
+        if getattr(dense.act_fn, "sees_mask", False):
+            raise HookError(f"{activation} looks at neighbouring tokens; it has no sparse decode path")
+        if not 0.0 <= threshold < math.inf:
+            raise HookError(f"threshold {threshold}: must be at least 0 and finite")
         self.act_fn, self.threshold, self.predictor = dense.act_fn, threshold, own
         self.per_neuron = any(parameter.numel() > 1 for parameter in dense.act_fn.parameters())
         gate = getattr(dense, "gate_proj", None)  # an mlp has none, a predicted_mask may
@@ -81,6 +84,11 @@ class SparseFFN(nn.Module):
         down = dense.down_proj.weight.detach()
         self.register_buffer("down_rows", down.t().contiguous())
         self.register_buffer("norms", down.norm(dim=0))
+        self.register_state_dict_pre_hook(self._refuse_to_be_saved)
+
+    @staticmethod
+    def _refuse_to_be_saved(*_: object) -> None:
+        raise HookError("a sparsified model is for decoding and has other tensors than its checkpoint; save it before")
 
     @staticmethod
     def _own_predictor(layer: PredictedMaskFFN, given: object) -> TrainedMask:
@@ -131,6 +139,13 @@ class SparseFFN(nn.Module):
         return weighted_sum(self.down_rows, hidden, index)
 
 
+@torch.no_grad()
+def zero_below_zero(ffn: SparseFFN) -> bool:
+    """Whether its activation maps -1 to exactly 0 in every neuron."""
+    values: Tensor = ffn.act_fn(ffn.first.new_full((1, len(ffn.first)), -1.0))
+    return not bool(values.any())
+
+
 def ffn_inputs(model: nn.Module, input_ids: Tensor) -> list[Tensor]:
     """What the FFN of each layer of a causal LM reads on `input_ids` `[B, T]`: `[B T, D]` each, for fitting predictors."""
     seen: list[Tensor] = []
@@ -155,7 +170,8 @@ def sparsify(
     """Let every layer `model.layers.N.mlp` of a causal LM decode sparsely, in place; `generate` then does.
 
     Raises:
-        HookError: an FFN without a sparse path, an activation that is never zero without a threshold, or lists of another length.
+        HookError: an FFN without a sparse path, an activation that is not zero below zero without a threshold, or lists of another
+            length. `state_dict`, and so `save_pretrained`, raises it afterwards: save the model before.
     """
     layers: Any = model.get_submodule("model.layers")
     for name, values in (("thresholds", thresholds), ("predictors", predictors)):
@@ -165,10 +181,10 @@ def sparsify(
     for index, layer in enumerate(layers):
         threshold = 0.0 if thresholds is None else thresholds[index]
         predictor = None if predictors is None else predictors[index]
-        activation = getattr(layer.mlp, "act_fn", None)
-        all_needed = not threshold and predictor is None and not isinstance(layer.mlp, PredictedMaskFFN)
-        if activation is not None and all_needed and float(activation(torch.tensor([-1.0]))) != 0.0:
-            raise HookError(f"{type(activation).__name__} is never exactly zero; give thresholds (CETT) or predictors")
-        replaced.append(SparseFFN(layer.mlp, threshold, predictor))
+        ffn = SparseFFN(layer.mlp, threshold, predictor)
+        if not threshold and ffn.predictor is None and not zero_below_zero(ffn):
+            name = type(ffn.act_fn).__name__
+            raise HookError(f"{name} is never exactly zero; give thresholds (CETT) or predictors")
+        replaced.append(ffn)
     for layer, ffn in zip(layers, replaced, strict=True):
         layer.mlp = ffn

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,18 @@ from .hooks import HookError
 from .native_rows import code_dots, dots, largest_code
 
 ROUNDING = 2.0**-20  # of |w||x|: what float32 sums may differ by
+
+
+def check_sample(what: str, inputs: Tensor, weight: Tensor) -> None:
+    """Whether `inputs` are a sample of what the matrix `weight` `[F, D]` reads.
+
+    Raises:
+        HookError: not `[N, D]` with N >= 1, not finite, or nothing but zeros.
+    """
+    if inputs.dim() != 2 or not len(inputs) or inputs.shape[1] != weight.shape[1]:
+        raise HookError(f"{what}: inputs {tuple(inputs.shape)} for a matrix {tuple(weight.shape)}; give [N, D], N >= 1")
+    if not bool(inputs.isfinite().all()) or not bool(inputs.any()):
+        raise HookError(f"{what}: inputs must be finite and not all zero")
 
 
 class LowRankPredictor(nn.Module):
@@ -32,8 +46,9 @@ class LowRankPredictor(nn.Module):
         With C = E[x x'], `W C^(1/2) = U S V'` cut at r gives the least expected error of W x.
 
         Raises:
-            HookError: rank not in 1..min(F, D), or recall not in (0, 1].
+            HookError: rank not in 1..min(F, D), recall not in (0, 1], or inputs as in `check_sample`.
         """
+        check_sample("predictor", inputs, weight)
         if not 1 <= rank <= min(weight.shape) or not 0.0 < recall <= 1.0:
             raise HookError(f"predictor: rank {rank} must be in 1..{min(weight.shape)}, recall {recall} in (0, 1]")
         x, w = inputs.double(), weight.detach().double()
@@ -42,9 +57,13 @@ class LowRankPredictor(nn.Module):
         u, s, v = torch.linalg.svd(w @ (vectors * root), full_matrices=False)
         inner = v[:rank] / root @ vectors.t()
         outer = u[:, :rank] * s[:rank]
-        predicted, active = x @ inner.t() @ outer.t(), x @ w.t() > 0
-        bias = predicted[active].quantile(1.0 - recall) if bool(active.any()) else torch.zeros(())
-        return cls(inner.to(weight.dtype).contiguous(), outer.to(weight.dtype).contiguous(), bias.to(weight.dtype))
+        predicted = (x @ inner.t() @ outer.t())[x @ w.t() > 0]
+        bias = torch.zeros((), dtype=weight.dtype)
+        if lost := len(predicted):
+            lost -= math.ceil(recall * lost)
+            least = predicted.kthvalue(lost + 1).values.to(weight.dtype)
+            bias = torch.nextafter(least, least.new_tensor(-math.inf))  # the least one passes
+        return cls(inner.to(weight.dtype).contiguous(), outer.to(weight.dtype).contiguous(), bias)
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether it predicts for matrices of this shape."""
@@ -69,14 +88,11 @@ class Int8Screen:
         inputs: `[N, D]`, a sample of what it reads; its mean is the origin, and how far columns stray from it their scale.
 
     Raises:
-        HookError: no inputs, or inputs of another width.
+        HookError: inputs that are none, all zero, not finite or of another width.
     """
 
     def __init__(self, weight: Tensor, inputs: Tensor) -> None:
-        if inputs.dim() != 2 or not len(inputs) or inputs.shape[1] != weight.shape[1]:
-            raise HookError(
-                f"screen: inputs {tuple(inputs.shape)} for a matrix {tuple(weight.shape)}; give [N, D], N >= 1"
-            )
+        check_sample("screen", inputs, weight)
         x, w = inputs.detach().double(), weight.detach().double()
         origin = x.mean(0)
         spread = (x - origin).square().mean(0).sqrt()
@@ -104,7 +120,7 @@ class Int8Screen:
         q = (u / step).round_()
         bound = self.at_origin + self.left_out * u.norm() + self.length * (u - q * step).norm()
         bound.addcmul_(code_dots(self.codes, q.to(torch.int16)).float(), self.scale * step)
-        return (bound > 0).nonzero().squeeze(1)
+        return (~(bound <= 0)).nonzero().squeeze(1)  # NaN passes, so that the layer shows it
 
 
 class TrainedMask(nn.Module):
@@ -126,7 +142,11 @@ class TrainedMask(nn.Module):
         """Numbers of the neurons that one token `[D]` keeps."""
         matrix, narrow = self.predictor.weight, self.predictor.narrow
         x = x.to(matrix.dtype)
-        logits = dots(matrix, x if narrow is None else dots(narrow, x)) + self.predictor.bias
+        x = x if narrow is None else dots(narrow, x)
+        wide = torch.promote_types(
+            x.dtype, torch.float32
+        )  # in a narrow type a small sum and the bias would be rounded twice
+        logits = dots(matrix, x.to(wide)) + self.predictor.bias
         blocks = (logits > 0).nonzero()
         if len(blocks) < self.min_keep:  # else the likeliest are among them
             blocks = likely(logits, self.min_keep).nonzero()

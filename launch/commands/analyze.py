@@ -84,7 +84,8 @@ def _search(model: Any, folder: str, rows: Any) -> tuple[dict[str, Any], int]:
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
     for index, layer in enumerate(layers):
-        print(f"layer {index}: " + ", ".join(f"{name} {value:.3f}" for name, value in layer.items()))
+        known = {name: value for name, value in layer.items() if value is not None}
+        print(f"layer {index}: " + ", ".join(f"{name} {value:.3f}" for name, value in known.items()))
     print(
         "activation crrelu with eps_init near suggested_eps adds the correction; it acts where |input| is about 1 (near_one)"
     )
@@ -94,6 +95,8 @@ def _search(model: Any, folder: str, rows: Any) -> tuple[dict[str, Any], int]:
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Print what the probes find, or the verdict of the rotation test."""
     if arguments.rotation_test:
+        if arguments.checkpoint or arguments.search_activation:
+            raise ConfigError("analyze: --rotation-test builds the network of its config; give no checkpoint beside it")
         return _rotation(arguments)
     if not arguments.checkpoint:
         raise ConfigError("analyze: name a checkpoint, or give --rotation-test CONFIG")

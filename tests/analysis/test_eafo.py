@@ -18,7 +18,8 @@ from analysis.eafo import (
     stepped,
     suggested_epsilon,
 )
-from launch.activation_search import search_activation
+from launch.activation_search import output_entropy, search_activation
+from modeling.activations import ReLU
 from tests.analysis.tiny import decoder, tokens
 
 GRID = 400_001
@@ -98,10 +99,42 @@ def test_gaussian_inputs_suggest_the_constant_of_the_derivation() -> None:
         Density.of(np.ones(10))
 
 
+@pytest.mark.parametrize("mean", [-0.5, 0.5, 1.1])
+def test_the_suggestion_holds_where_inputs_are_not_centred(mean: float) -> None:
+    """Against `-p'` itself, projected on the same function; the suggestion is small at 1.1 and any shift of the density shows."""
+    x = mean + np.random.default_rng(0).normal(size=400_000)
+    grid = np.linspace(0.0, 12.0, 20_001)
+    bump = grid * np.exp(-0.5 * grid**2)
+    exact = -float((gaussian_slope(grid - mean) * bump).sum() / (bump**2).sum())
+    assert suggested_epsilon(x) == pytest.approx(exact, abs=0.01)
+    assert Density.of(x).mean == pytest.approx(mean, abs=0.01)
+    found = Density.of(x)
+    assert float((found.centres * found.density).sum() / found.density.sum()) == pytest.approx(found.mean, abs=1e-3)
+
+
+@pytest.mark.parametrize("count", [8_000, 200_000])
+def test_the_output_entropy_of_relu_is_that_of_the_half_normal_distribution(count: int) -> None:
+    x = np.random.default_rng(0).normal(size=count)
+    exact = 0.5 * math.log(0.5 * math.pi * math.e) - 0.5 * math.log(1.0 - 2.0 / math.pi)
+    assert output_entropy(ReLU(), x) == pytest.approx(
+        exact, abs=0.04
+    )  # smoothing widens; over the edge at 0 it would add 0.1
+
+
 def test_a_network_s_layers_are_searched() -> None:
     layers = search_activation(decoder(activation="crrelu"), tokens(4, 16))
     assert len(layers) == 2
     for layer in layers:
+        assert layer["std"] is not None
         assert layer["std"] > 0
+        assert layer["output_entropy"] is not None
         assert math.isfinite(layer["output_entropy"])
+        assert layer["suggested_eps"] is not None
         assert 0 < layer["suggested_eps"] < 1
+
+
+def test_an_activation_that_is_not_elementwise_has_no_output_entropy() -> None:
+    activation = {"name": "topk", "options": {"k": 5}}
+    assert [layer["output_entropy"] for layer in search_activation(decoder(activation=activation), tokens(4, 16))] == [
+        None
+    ] * 2

@@ -422,6 +422,7 @@ def model_folder(tmp_path: Path) -> Path:
         (("analyze", "--option", "mode=alone"), 2, "probe 'kurtosis': option mode = 'alone'"),
         (("analyze", "--probes", "kurtosys"), 2, "unknown probe 'kurtosys'; did you mean kurtosis"),
         (("analyze", "--rows", "0"), 2, "--rows 0: must be at least 1"),
+        (("analyze", "--rotation-test", "configs/quickstart.yaml"), 2, "give no checkpoint beside it"),
     ],
 )
 def test_wrong_options_are_told(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 from analysis.hooks import KINDS as PROBE_KINDS
 from configs.loading import CONFIG_DIR
 from configs.schema import RunConfig
-from launch.cli import COMMANDS, main
+from launch.cli import COMMANDS, main, without_nan
 from modeling.hooks import KINDS as MODEL_KINDS
 from tests.tiny_run import tiny_yaml
 from training.hooks import KINDS as TRAINING_KINDS
@@ -175,3 +176,12 @@ def test_the_module_runs_as_a_program_and_keeps_standard_output_for_the_object()
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 1
     assert json.loads(result.stdout) == RunConfig.model_json_schema()
+
+
+def test_json_has_null_for_what_is_no_number() -> None:
+    found = without_nan({"a": [1.0, math.nan, (math.inf, 2)], "b": {"c": -math.inf, "d": "nan"}, "e": None})
+    assert json.loads(json.dumps(found, allow_nan=False)) == {
+        "a": [1.0, None, [None, 2]],
+        "b": {"c": None, "d": "nan"},
+        "e": None,
+    }

@@ -91,6 +91,7 @@ def test_jumprelu_is_zero_up_to_the_threshold_and_the_window_moves_it() -> None:
     x = torch.tensor([-1.0, 0.3, 0.45, 0.55, 0.7], dtype=torch.float64, requires_grad=True)
     y = f(x)
     assert y.tolist() == [0.0, 0.0, 0.0, 0.55, 0.7]
+    assert f(torch.tensor([-torch.inf, torch.inf])).tolist() == [0.0, torch.inf]
     upstream = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64)
     to_x, to_log = torch.autograd.grad(y, (x, f.log_threshold), upstream)
     assert to_x.tolist() == [0.0, 0.0, 0.0, 4.0, 5.0]

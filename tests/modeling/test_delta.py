@@ -150,6 +150,20 @@ def test_integer_arithmetic_is_exact() -> None:
     assert stream.operation_sparsity == 0.0
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int16])
+def test_narrow_integers_do_not_overflow(kind: torch.dtype) -> None:
+    generator, limits = torch.Generator().manual_seed(0), torch.iinfo(kind)
+    weight = torch.randint(-100, 100, (5, 9), generator=generator, dtype=torch.int8)
+    for matrix in (weight, weight.double()):
+        stream = DeltaLinear(matrix)
+        for _ in range(5):
+            codes = torch.randint(limits.min, limits.max + 1, (2, 9), generator=generator).to(kind)
+            wanted = codes.long() @ weight.long().T
+            assert torch.equal(stream(codes).long(), wanted)  # whole numbers are exact in float64, too
+    with pytest.raises(ValueError, match="codes must be integers"):
+        DeltaLinear(weight)(torch.ones(2, 9, dtype=torch.bool))
+
+
 def test_a_trained_layer_decodes_by_differences_as_it_does_densely() -> None:
     """The MLP of a decoder, token by token: act(W_up x) on its grid, then W_down by differences."""
     model = roughen(small_model(ffn="mlp", activation="delta")).double()

@@ -78,6 +78,14 @@ def test_a_value_that_is_not_a_number_is_not_hidden(kind: Any) -> None:
     assert not products[6:].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_silu_of_large_negative_numbers_is_zero(dtype: torch.dtype) -> None:
+    gate = torch.tensor([-1e2, -1e10, -1e36, -3e38] * 4, dtype=dtype).view(1, 16)
+    one = torch.ones_like(gate)
+    found = kernel_of(SiLU, gate).backward(gate, one, one, torch.empty(1))[:2]
+    assert all(float(tensor.abs().max()) == 0.0 for tensor in found)
+
+
 def test_torch_does_what_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     like = torch.zeros(2, 48)
     assert not hasattr(GELU, "gating_kernel")

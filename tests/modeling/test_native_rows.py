@@ -67,6 +67,14 @@ def test_no_rows_give_nothing_and_zeros() -> None:
     assert torch.equal(weighted_sum(random(4, 8), torch.empty(0), nothing), torch.zeros(8))
 
 
+def test_rows_that_are_infinite_count_once() -> None:
+    """Rows are read eight at a time: what fills up the last eight must not turn infinity into NaN."""
+    matrix = torch.ones(4, 40)
+    matrix[2] = torch.inf
+    for index in (torch.tensor([2]), torch.tensor([1, 2, 3]), torch.tensor([0] * 8 + [2])):
+        assert weighted_sum(matrix, torch.ones(len(index)), index).tolist() == [torch.inf] * 40
+
+
 def test_torch_defaults_do_not_decide_what_the_kernels_write_to() -> None:
     matrix, x, index = random(20, 33), random(33), torch.tensor([5, 2, 19])
     codes, q = (100 * matrix).clamp(-127, 127).to(torch.int8), (1000 * x).to(torch.int16)
@@ -154,6 +162,23 @@ def test_a_file_that_does_not_compile_says_what_the_compiler_said(
     with pytest.raises(subprocess.CalledProcessError) as caught:
         compiled(source)
     assert "expected expression" in caught.value.stderr
+
+
+@pytest.mark.parametrize("broken", ["no closing quote", "no UTF-8"])
+def test_a_compiler_that_cannot_be_understood_is_one_warning(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = tmp_path / "cc"
+    foreign.write_bytes(b"#!/bin/sh\nprintf '\\350 error\\n' >&2\n[ $1 = --version ]\n")
+    foreign.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CC", 'gcc "' if broken == "no closing quote" else str(foreign))
+    library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"native_rows.c could not be compiled \(.*(closing quotation| error)"):
+            assert library("native_rows") is None
+    finally:
+        library.cache_clear()
 
 
 @pytest.mark.parametrize("place", ["a file", "no home"])

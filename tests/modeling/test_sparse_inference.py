@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from modeling.config import MesokurtConfig
 from modeling.decoder import MesokurtForCausalLM
+from modeling.ffn_predicted_mask import PredictedMaskFFN
 from modeling.hooks import HookError
 from modeling.sparse_inference import SparseFFN, ffn_inputs, sparsify
-from modeling.sparse_predictors import Int8Screen, LowRankPredictor
+from modeling.sparse_predictors import Int8Screen, LowRankPredictor, TrainedMask
 from tests.modeling.small import roughen, small_model, tokens
 
 
@@ -223,6 +226,27 @@ def test_a_layer_with_trained_masks_gives_its_own_output(options: dict[str, Any]
     assert torch.allclose(sparse(batch), own(batch)[0], atol=1e-13)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"rank": 64}])
+def test_masks_in_bfloat16_keep_the_neurons_that_the_layer_keeps(options: dict[str, Any]) -> None:
+    config = MesokurtConfig(hidden_size=256, intermediate_size=1024, num_attention_heads=4)
+    layer = PredictedMaskFFN(config, 0, **options)
+    for parameter in layer.parameters():
+        parameter.copy_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    layer.predictor.bias.fill_(
+        -0.4 if not options else -0.01
+    )  # near the logits, which are then sums that nearly vanish
+    layer.to(torch.bfloat16)
+    trained = TrainedMask(layer)
+    x = torch.randn(50, 256, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    apart = sum(
+        len(set(trained(token).tolist()) ^ set(trained.mask(token).nonzero().flatten().tolist())) for token in x
+    )
+    kept = int(trained.mask(x).sum())
+    assert kept > 1000
+    assert apart <= 1e-3 * kept  # sums in another order; rounded before the bias is added, one in 100 differs
+
+
 def test_generation_with_trained_masks_gives_the_same_tokens() -> None:
     own: Any = masked(block=4, rank=6)
     sparse = copy.deepcopy(own)
@@ -268,5 +292,69 @@ def test_what_cannot_decode_sparsely_is_refused_and_left_alone() -> None:
             SparseFFN(dense, predictor=other)
     with pytest.raises(HookError, match="rank 99 must be in"):
         LowRankPredictor.fit(dense.up_proj.weight, torch.randn(50, 24), rank=99)
-    with pytest.raises(HookError, match="threshold -1"):
-        SparseFFN(dense, -1.0)
+    for threshold in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(HookError, match=f"threshold {threshold}: must be at least 0 and finite"):
+            SparseFFN(dense, threshold)
+    with pytest.raises(HookError, match="Delta looks at neighbouring tokens"):
+        sparsify(relu_model("mlp", "delta"), [0.1, 0.1])
+
+
+@torch.no_grad()
+def test_a_predictor_with_a_recall_of_1_loses_no_neuron_of_its_sample() -> None:
+    weight = torch.randn(40, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for count in (1, 50):
+        inputs = torch.randn(count, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        predictor = LowRankPredictor.fit(weight, inputs, rank=3, recall=1.0)
+        for x in inputs:
+            assert set((weight @ x > 0).nonzero().flatten().tolist()) <= set(predictor(x).tolist())
+
+
+def test_a_predictor_is_fitted_to_more_values_than_torch_takes_quantiles_of() -> None:
+    inputs = torch.randn(12_000, 4, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(3000, 4, generator=torch.Generator().manual_seed(1))  # half of 36 million are active
+    scores = (inputs @ weight.t()).double()
+    predictor = LowRankPredictor.fit(weight, inputs, rank=4, recall=0.9)
+    passed = (scores > float(predictor.bias)) & (scores > 0)
+    assert float(passed.sum() / (scores > 0).sum()) == pytest.approx(0.9, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "told"),
+    [
+        (torch.empty(0, 24), r"inputs \(0, 24\) for a matrix \(40, 24\)"),
+        (torch.ones(2, 3, 24), r"inputs \(2, 3, 24\)"),
+        (torch.ones(3, 7), r"inputs \(3, 7\)"),
+        (torch.zeros(3, 24), "finite and not all zero"),
+        (torch.full((3, 24), float("nan")), "finite and not all zero"),
+    ],
+)
+def test_samples_of_which_nothing_can_be_learned_are_refused(inputs: torch.Tensor, told: str) -> None:
+    weight = torch.randn(40, 24)
+    with pytest.raises(HookError, match=f"predictor: .*{told}"):
+        LowRankPredictor.fit(weight, inputs, rank=4)
+    with pytest.raises(HookError, match=f"screen: .*{told}"):
+        Int8Screen(weight, inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_value_that_is_not_a_number_is_not_hidden_by_a_screen(bad: float) -> None:
+    dense: Any = relu_model("mlp").model.layers[0].mlp
+    sparse = SparseFFN(dense, predictor=Int8Screen(dense.up_proj.weight, torch.randn(50, 24)))
+    x = torch.randn(1, 1, 24)
+    x[..., 3] = bad
+    assert dense(x).isnan().any()
+    assert sparse(x).isnan().any()
+
+
+def test_thresholds_of_every_neuron_pass_the_test_for_zeros() -> None:
+    model: Any = relu_model("mlp", {"name": "jumprelu", "options": {"per": "channel"}})
+    sparsify(model)
+    assert all(isinstance(layer.mlp, SparseFFN) for layer in model.model.layers)
+
+
+def test_a_sparsified_model_is_not_saved_as_if_it_were_the_checkpoint(tmp_path: Path) -> None:
+    model = relu_model("swiglu")
+    sparsify(model)
+    with pytest.raises(HookError, match="has other tensors than its checkpoint; save it before"):
+        model.save_pretrained(tmp_path / "model")
