@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from configs.errors import UserError
 from configs.loading import config_from_tree
 from configs.schema import RunConfig
@@ -18,7 +16,7 @@ from launch.step_time import StepTime
 from modeling.decoder import MesokurtForCausalLM
 from modeling.to_stock import obstacle
 from training.accelerator import accumulation
-from training.build import build_optimizer, check_hooks, model_config
+from training.build import build_optimizer, check_hooks, check_probes, model_on_paper
 from training.expert_parallel import check_world
 from training.optim.routing import Route
 from training.sequence_parallel import check_sequence
@@ -72,8 +70,8 @@ def network(config: RunConfig) -> tuple[MesokurtForCausalLM, list[Route]]:
         ConfigError: a hook, an option or a parameter's routing is wrong.
     """
     check_hooks(config)
-    with torch.device("meta"):
-        model = MesokurtForCausalLM(model_config(config))
+    model = model_on_paper(config)
+    check_probes(config, model)
     return model, build_optimizer(config, model)[1]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,9 +15,10 @@ from .dispatch import Plan
 from .expert_exchange import through_owners
 from .experts_fused import Activation, fused_experts
 from .hooks import KINDS, HookError, build
-from .initializers import truncated_normal_
 from .native_gating import GatingKernel
 from .native_rows import dots
+
+GROUPED_BYTES = 16  # `grouped_mm` wants rows of a multiple
 
 
 def looped_linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
@@ -35,9 +35,14 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
 
 
-def has_grouped(x: Tensor) -> bool:
-    """Whether this torch has grouped products for the tensor's device and dtype (not float64; on CUDA bfloat16 from SM 8.0)."""
+def has_grouped(x: Tensor, stack: Tensor) -> bool:
+    """Whether this torch has grouped products of tokens `[S, D]` and matrices `[E, F, D]`.
+
+    Not of float64; on CUDA of bfloat16 from SM 8.0; rows of 16 bytes or a multiple.
+    """
     if not hasattr(F, "grouped_mm") or x.dtype == torch.float64:
+        return False
+    if any(size * x.element_size() % GROUPED_BYTES for size in stack.shape[1:]):
         return False
     if x.device.type == "cuda":
         return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
@@ -67,13 +72,14 @@ def own(activation: nn.Module, name: str) -> Any:
 class Experts(nn.Module):
     """E feed-forward networks as stacks `[E, out, in]`: `W_down(act(W_gate x) * W_up x)`, or `W_down act(W_up x)` when not gated.
 
-    Each expert's matrix is one matrix for Muon and starts LeCun-normal. `group` is set by the trainer where the experts are spread over
+    Each expert's matrix is one matrix for Muon and for the initializer. `group` is set by the trainer where the experts are spread over
     several ranks; the stacks then hold this rank's part. `slices_per_token`: of each stack, how many matrices a token is multiplied by.
 
     Raises:
         HookError: an activation that looks at more than one token; tokens come in no order here.
     """
 
+    residual_writers = ("down_proj",)
     group: Any = None
     observer: Callable[[Experts, Tensor, Plan], None] | None = None
 
@@ -90,10 +96,6 @@ class Experts(nn.Module):
         self.act_fn = build(KINDS["activation"], config.activation)
         if mixes_tokens(self.act_fn):
             raise HookError(f"activation {config.activation['name']!r} {UNORDERED}")
-
-    def initial_fill_(self, leaf: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """LeCun-normal per expert (truncated, variance 1 / fan-in)."""
-        truncated_normal_(parameter, 1.0 / math.sqrt(parameter.shape[-1]), generator)
 
     def _fusible(self, x: Tensor) -> bool:
         """Whether an expert at a time is the way: on the CPU, when the activation has no parameters that need a gradient."""
@@ -126,7 +128,7 @@ class Experts(nn.Module):
             act = Activation(self._activation(), own(self.act_fn, "pullback"), kernel)
             return fused_experts(x, weights, gate, up, down, plan, act)
         tokens = x.index_select(0, plan.rows)
-        if has_grouped(x):
+        if has_grouped(x, up):
             ends = plan.counts.cumsum(0).int()
             outputs = self.network(lambda rows, stack: grouped_linear(rows, stack, ends), tokens, gate, up, down)
         else:

@@ -42,12 +42,12 @@ class LecunNormal:
     def __init__(self, config: MesokurtConfig) -> None:
         self.width = config.hidden_size
 
-    def matrix_std(self, module: nn.Linear) -> float:
-        """Standard deviation of a linear layer's weights."""
-        return 1.0 / math.sqrt(module.in_features)
+    def fill_matrix_(self, weight: Tensor, writes_residual: bool, generator: torch.Generator) -> None:
+        """Fill a matrix `[out, in]`, or a stack of them; `writes_residual`: its output is added to the residual stream."""
+        truncated_normal_(weight, 1.0 / math.sqrt(weight.shape[-1]), generator)
 
     def fill_(self, name: str, parameter: Tensor, module: nn.Module, generator: torch.Generator) -> None:
-        """Fill one parameter in place.
+        """Fill one parameter in place; stacks of matrices `[E, out, in]` where a module names its `residual_writers`.
 
         Raises:
             HookError: a parameter of a module that has no rule; such modules define `initial_fill_(name, parameter, generator)`.
@@ -60,7 +60,9 @@ class LecunNormal:
         elif isinstance(module, nn.Embedding):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(self.width))
         elif isinstance(module, nn.Linear) and parameter.ndim == 2:
-            truncated_normal_(parameter, self.matrix_std(module), generator)
+            self.fill_matrix_(parameter, isinstance(module, ResidualWriter), generator)
+        elif parameter.ndim == 3 and (writers := getattr(module, "residual_writers", None)) is not None:
+            self.fill_matrix_(parameter, name.rpartition(".")[2] in writers, generator)
         elif parameter.ndim <= 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
@@ -78,11 +80,15 @@ class ScaledNormal(LecunNormal):
         super().__init__(config)
         self.std, self.residual_scale = std, 1.0 / math.sqrt(2 * config.num_hidden_layers)
 
+    def fill_matrix_(self, weight: Tensor, writes_residual: bool, generator: torch.Generator) -> None:
+        """Normal with `std`, or less of it."""
+        scale = self.residual_scale if writes_residual else 1.0
+        weight.copy_(torch.randn(weight.shape, generator=generator) * (self.std * scale))
+
     def fill_(self, name: str, parameter: Tensor, module: nn.Module, generator: torch.Generator) -> None:
         """Fill one parameter in place."""
-        if isinstance(module, (nn.Linear, nn.Embedding)) and not isinstance(module, Rotation) and parameter.ndim == 2:
-            scale = self.residual_scale if isinstance(module, ResidualWriter) else 1.0
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (self.std * scale))
+        if isinstance(module, nn.Embedding):
+            self.fill_matrix_(parameter, False, generator)
         else:
             super().fill_(name, parameter, module, generator)
 

@@ -173,6 +173,8 @@ class TopK(Router):
         scale: float = 1.0,
     ) -> None:
         super().__init__(width, experts, active, balance, z_loss, jitter, bias_rate, balance_over, bias_fall)
+        if not 0.0 < scale < math.inf:
+            raise HookError(f"scale {scale}: must be above 0 and finite")
         self.score, self.normalize, self.scale = score, normalize, scale
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -38,8 +38,8 @@ class DenseToSparse(Router):
     costs up to experts / active times what it costs later. tau and the phase are buffers: evaluation and resumed runs use them.
 
     Args:
-        width, experts, active, balance, z_loss, jitter, bias_rate, balance_over, bias_fall: see `Router`; the bias enters the
-            hard phase's choice only.
+        width, experts, active, balance, z_loss, jitter, bias_rate, balance_over, bias_fall: see `Router`; the bias
+            enters the hard phase's choice only and stays 0 before.
         tau_max, tau_min: first and last temperature, above 0.
         decay: share of the run over which the temperature falls.
         hard_after: share of the run after which the top k are taken.
@@ -72,16 +72,18 @@ class DenseToSparse(Router):
         noise: float = 0.0,
     ) -> None:
         super().__init__(width, experts, active, balance, z_loss, jitter, bias_rate, balance_over, bias_fall)
-        if not 0.0 < tau_min <= tau_max:
-            raise HookError(f"tau_min {tau_min} and tau_max {tau_max}: must be above 0, tau_min at most tau_max")
+        if not 0.0 < tau_min <= tau_max < math.inf:
+            raise HookError(
+                f"tau_min {tau_min} and tau_max {tau_max}: must be above 0 and finite, tau_min at most tau_max"
+            )
         if not 0.0 < decay <= 1.0 or not 0.0 <= hard_after <= 1.0:
             raise HookError(
                 f"decay {decay} and hard_after {hard_after} are shares of the run: above 0 (decay) and at most 1"
             )
         if not 0.0 <= threshold < 1.0 / experts:
             raise HookError(f"threshold {threshold}: must be at least 0 and below 1 / experts = {1.0 / experts:.3g}")
-        if noise < 0.0:
-            raise HookError(f"noise {noise}: must be at least 0")
+        if not 0.0 <= noise < math.inf:
+            raise HookError(f"noise {noise}: must be at least 0 and finite")
         self.tau_max, self.tau_min, self.decay, self.hard_after = tau_max, tau_min, decay, hard_after
         self.schedule, self.threshold, self.noise = schedule, threshold, noise
         self.most_active = experts if hard_after else active
@@ -93,6 +95,8 @@ class DenseToSparse(Router):
         super().before_step(step, steps)
         self.tau.fill_(temperature(step, steps, self.tau_max, self.tau_min, self.decay, self.schedule))
         self.hard.fill_(step >= self.hard_after * steps)
+        if not bool(self.hard):
+            self.rate = 0.0  # no choice shows the bias what it does: it would move without end
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Dense phase: every expert in a slot of its own, those above the threshold in use."""

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from .decoder import MesokurtForCausalLM
+from .experts import GROUPED_BYTES
 from .ffn_moe import MoE
 from .routers import TopK
 from .routers_dense_to_sparse import DenseToSparse
@@ -42,6 +43,9 @@ def layer_obstacle(moe: MoE) -> str | None:
         return "ffn 'moe' with a capacity_factor (it drops tokens)"
     if moe.shared_gate is not None:
         return "ffn 'moe' with a shared_gate"
+    if any(size * moe.experts.up_proj.element_size() % GROUPED_BYTES for size in moe.experts.up_proj.shape[1:]):
+        sizes = " x ".join(map(str, moe.experts.up_proj.shape[1:]))
+        return f"ffn 'moe' with experts of {sizes} (rows of a multiple of 16 bytes are what transformers' experts can compute)"
     if moe.count < 2:
         return "ffn 'moe' with a single expert"
     if type(router) is DenseToSparse:

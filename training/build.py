@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
+from torch import nn
+
 from analysis.hooks import PROBE
 from analysis.probes.base import Probe
 from configs.errors import ConfigError, UserError
@@ -94,6 +97,12 @@ def build_model(
     return model
 
 
+def model_on_paper(config: RunConfig) -> MesokurtForCausalLM:
+    """The network without values, on the meta device."""
+    with torch.device("meta"):
+        return MesokurtForCausalLM(model_config(config))
+
+
 def build_optimizer(config: RunConfig, model: MesokurtForCausalLM) -> tuple[RoutedOptimizer, list[Route]]:
     """The optimizer and the routes that its receipt prints."""
     o = config.optim
@@ -111,6 +120,20 @@ def build_optimizer(config: RunConfig, model: MesokurtForCausalLM) -> tuple[Rout
 def build_probes(config: RunConfig) -> list[tuple[Probe, int | None]]:
     """Each probe with its cadence in steps (None: only after the last step)."""
     return [(build(PROBE, _spec(probe)), probe.every) for probe in config.probes]
+
+
+def check_probes(config: RunConfig, model: nn.Module) -> None:
+    """Whether every probe finds in this network what it looks at, so that none ends the run after its last step.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    for index, probe in enumerate(config.probes):
+        try:
+            with build(PROBE, _spec(probe)).tap(model):
+                pass
+        except UserError as error:
+            raise ConfigError(f"probes.{index}: probe {probe.name!r}: {error}") from None
 
 
 def build_schedule(config: RunConfig) -> Schedule:

@@ -21,7 +21,15 @@ from configs.schema import RunConfig
 from modeling.decoder import MesokurtForCausalLM
 from modeling.hooks import build
 from training.accelerator import accumulation, data_ranks, partition, start, zero_stage
-from training.build import build_model, build_optimizer, build_probes, build_schedule, check_hooks
+from training.build import (
+    build_model,
+    build_optimizer,
+    build_probes,
+    build_schedule,
+    check_hooks,
+    check_probes,
+    model_on_paper,
+)
 from training.checkpoint import (
     Progress,
     check_architecture,
@@ -63,6 +71,7 @@ def pretrain(config: RunConfig, stop: StopSignal | None = None) -> Path:
     export_rank_environment(ranks)
     main = ranks.rank == 0
     check_hooks(config)
+    check_probes(config, model_on_paper(config))
     accumulation(config, ranks.world_size)
     check_world(config.parallel.expert, ranks.world_size)
     check_sequence(config, ranks.world_size)

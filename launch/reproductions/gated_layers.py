@@ -13,7 +13,7 @@ from launch.reproductions.domains import WIDTH, Domains, fit, normalized_error, 
 from launch.reproductions.seeding import seed_network
 from modeling.config import MesokurtConfig
 from modeling.ffn_moe import MoE
-from modeling.initializers import keyed_generator
+from modeling.initializers import LecunNormal, keyed_generator
 
 FREQUENCIES = (0.30, 0.20, 0.15, 0.10, 0.10, 0.06, 0.05, 0.04)
 EXPERTS, EXPERT_WIDTH, TEST = 8, 32, 8000
@@ -61,10 +61,11 @@ def train_gate(arm: str, seed: int, steps: int, rate: Rate) -> Gated:
     test_x, test_y = task.batch(TEST)
     config = MesokurtConfig(hidden_size=WIDTH, intermediate_size=EXPERT_WIDTH, num_attention_heads=2, activation="relu")
     layer = MoE(config, 0, experts=EXPERTS, active=1, expert_width=EXPERT_WIDTH, router=ARMS[arm], gated=False)
+    initializer = LecunNormal(config)
     with torch.no_grad():
         for part, module in (("router", layer.router), ("experts", layer.experts)):
             for name, parameter in module.named_parameters():
-                module.initial_fill_(name, parameter, keyed_generator(seed, f"{part}.{name}"))
+                initializer.fill_(name, parameter, module, keyed_generator(seed, f"{part}.{name}"))
 
     def around_step(step: int, auxiliary: dict[str, Tensor] | None) -> None:
         if auxiliary is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modeling.experts import Experts, grouped_linear, looped_linear
+from modeling.experts import Experts, grouped_linear, has_grouped, looped_linear
 from modeling.ffn_gated import GatedFFN
 from modeling.ffn_moe import MoE, within_capacity
 from modeling.hooks import KINDS, HookError, check
@@ -129,6 +130,24 @@ def test_an_expert_at_a_time_is_the_grouped_product_in_value_and_gradients(
         results.append([y, *torch.autograd.grad(y, [x, *moe.parameters()], upstream)])
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [20, 21])
+def test_widths_that_grouped_products_do_not_take_are_computed_all_the_same(width: int) -> None:
+    """With an activation that has a parameter, experts are not computed one at a time; 21 numbers are no multiple of 16 bytes."""
+    moe = MoE(small_config(activation="crrelu"), 0, experts=4, active=3, expert_width=width)
+    with torch.no_grad():
+        for index, parameter in enumerate(moe.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)) / 4)
+    exact = copy.deepcopy(moe).double()
+    x = torch.randn(1, 9, WIDTH, generator=torch.Generator().manual_seed(9))
+    assert has_grouped(x, moe.experts.up_proj) == (width == 20)
+    results = []
+    for layer, states in ((moe, x), (exact, x.double())):
+        y = layer(states)[0]
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5 * float(theirs.detach().abs().max()))
 
 
 def test_identical_experts_with_weights_that_sum_to_one_are_the_dense_layer() -> None:
@@ -285,6 +304,9 @@ def test_recomputed_blocks_route_alike_and_give_the_same_gradients() -> None:
         ({"router": {"name": "topk", "jitter": 1.5}}, "router 'topk': jitter 1.5: must be at least 0 and below 1"),
         ({"router": {"name": "dense_to_sparse", "tau_min": 0.0}}, "tau_min 0.0 and tau_max 2.0: must be above 0"),
         ({"router": {"name": "dense_to_sparse", "tau_max": 0.2}}, "tau_min at most tau_max"),
+        ({"router": {"name": "dense_to_sparse", "tau_max": math.inf}}, "must be above 0 and finite"),
+        ({"router": {"name": "dense_to_sparse", "noise": math.inf}}, "noise inf: must be at least 0 and finite"),
+        ({"router": {"name": "topk", "scale": 0.0}}, "scale 0.0: must be above 0 and finite"),
         ({"router": {"name": "dense_to_sparse", "threshold": 0.2}}, "below 1 / experts = 0.125"),
         (
             {"router": {"name": "activation_dense_to_sparse", "gate": "relu"}},

@@ -95,6 +95,18 @@ def test_scaled_normal_divides_what_writes_to_the_residual_stream() -> None:
     assert float((rotation @ rotation.T - torch.eye(64).double()).abs().max()) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["scaled_normal", "lecun_normal"])
+def test_every_expert_starts_like_the_dense_layer(name: str) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 8, "initializer": name}
+    moe = {"name": "moe", "options": {"experts": 3, "active": 1, "expert_width": 160, "shared_experts": 1}}
+    model: Any = MesokurtForCausalLM(small_config(**sizes, ffn=moe))
+    for layer in model.model.layers:
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            wanted = float(getattr(layer.mlp.shared_experts, part).weight.detach().std())
+            for expert in getattr(layer.mlp.experts, part).detach():
+                assert float(expert.std()) == pytest.approx(wanted, rel=0.06), part
+
+
 class Volume(nn.Module):
     """A norm with a parameter that no rule knows: three axes."""
 

@@ -119,6 +119,19 @@ def test_the_layer_in_its_dense_phase_is_the_weighted_sum_of_all_chosen_experts(
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
 
 
+@BOTH
+def test_the_bias_rests_while_it_enters_no_choice(kind: Kind) -> None:
+    """Moved in the dense phase, it would add up the signs of loads that it cannot change."""
+    made, uneven = router(kind, bias_rate=0.1, hard_after=0.5), torch.tensor([9, 1, 1, 1, 1, 1])
+    for step in range(10):
+        made.before_step(step, 10)
+        made.after_step(lambda _: None, uneven)
+        assert bool(made.hard) == (step >= 5)
+        assert bool(made.bias.any()) == bool(made.hard)
+    assert made.share.tolist() == pytest.approx((uneven / 14).tolist())
+    assert made.bias.tolist() == pytest.approx([-0.5] + [0.5] * 5)
+
+
 def test_noise_is_for_training_only() -> None:
     made = router(DenseToSparse, noise=1.0)
     assert torch.equal(made(states()).weights, made(states()).weights)

@@ -59,6 +59,7 @@ def test_logits_are_those_of_the_stock_model_that_is_saved_and_read_again(
     [
         (lambda: moe_model(gated=False), "ffn 'moe' with gated: false"),
         (lambda: moe_model(capacity_factor=1.0), "capacity_factor"),
+        (lambda: moe_model(expert_width=21), "experts of 21 x 24"),
         (lambda: moe_model("activation_dense_to_sparse"), "router ActivationDenseToSparse"),
         (lambda: small_model(ffn={"name": "moe", "options": {"router": "dense_to_sparse"}}), "in its dense phase"),
         (lambda: small_model(ffn="moe", block="parallel"), "block 'parallel'"),
