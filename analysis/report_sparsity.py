@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from analysis import report_html as h
+from analysis.probes.activation_sparsity import ERRORS
 from analysis.report_data import RunRecord
 from analysis.report_svg import figure_style, inline_svg
 from analysis.sparsity_law import REACH, Interval, fit, forecast, form_of, settled_limit
@@ -24,6 +25,8 @@ def active_series(rows: Sequence[dict[str, Any]], error: float) -> list[tuple[fl
     for row in rows:
         errors, shares = row.get(f"{FAMILY}/cett/errors"), row.get(f"{FAMILY}/cett/active")
         if not (isinstance(errors, list) and isinstance(shares, list) and len(errors) == len(shares) > 1):
+            continue
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in (*errors, *shares)):
             continue
         place = math.log(min(max(error, errors[0]), errors[-1]))
         index = next(i for i in range(len(errors) - 1) if place <= math.log(errors[i + 1]))
@@ -91,7 +94,8 @@ def activation_sparsity(run: RunRecord) -> str:
     """Active share at the end by each measure, its history at one truncation error, and the forecast; empty for a run without the probe."""
     title = "Activation sparsity"
     rows = [row for row in run.rows if isinstance(row.get("tokens"), (int, float))]
-    error = run.last(f"{FAMILY}/cett_ppl/error") or 0.2
+    error = run.last(f"{FAMILY}/cett_ppl/error")
+    error = 0.2 if error is None or not math.isfinite(error) else min(max(error, ERRORS[0]), ERRORS[-1])
     series = active_series(rows, error)
     if not series:
         return ""

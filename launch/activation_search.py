@@ -49,7 +49,7 @@ def pre_activations(model: PreTrainedModel, rows: Tensor) -> list[np.ndarray[Any
 def output_entropy(act: nn.Module, x: np.ndarray[Any, np.dtype[np.float64]]) -> float:
     """Entropy in nats of the activation's output at unit output variance, where it increases: `H(X) + E log f'(X) - log std f(X)`.
 
-    The inputs there end at a hard edge, over which smoothing would leak: they are mirrored at it, which adds log 2.
+    Where the inputs that count begin at an edge (0 for ReLU), smoothing would leak over it: they are mirrored there, which adds log 2.
     """
     inputs = torch.tensor(x, dtype=torch.float32, requires_grad=True)
     outputs = act(inputs)
@@ -59,10 +59,14 @@ def output_entropy(act: nn.Module, x: np.ndarray[Any, np.dtype[np.float64]]) -> 
         return float("nan")
     part = inputs.detach()[rising].double().numpy()
     scale = float(outputs.detach()[rising].double().std())
-    mirrored = np.concatenate([part, 2.0 * part.min() - part])
-    return (
-        Density.of(mirrored).entropy - math.log(2.0) + float(slope[rising].double().log().mean()) - float(np.log(scale))
+    edge, flat = part.min(), x[~rising.numpy()]
+    begins = len(flat) > 0 and flat.max() <= edge and part.mean() - edge < 2.0 * part.std()  # and not in its tail
+    inside = (
+        Density.of(np.concatenate([part, 2.0 * edge - part])).entropy - math.log(2.0)
+        if begins
+        else Density.of(part).entropy
     )
+    return inside + float(slope[rising].double().log().mean()) - float(np.log(scale))
 
 
 def search_activation(model: PreTrainedModel, rows: Tensor) -> list[dict[str, float | None]]:

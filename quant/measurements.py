@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from configs.errors import UserError
@@ -40,10 +41,19 @@ def tensor_sha256(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
+def source_sha256(model: nn.Module) -> str:
+    """SHA-256 over the files of the classes that a network is made of; those of packages in the key have a version instead."""
+    classes = {type(module) for module in model.modules() if type(module).__module__.partition(".")[0] not in _PACKAGES}
+    files = {file for kind in classes if (file := inspect.getsourcefile(kind)) is not None}
+    return hashlib.sha256(
+        "".join(sorted(hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files)).encode()
+    ).hexdigest()
+
+
 def model_sha256(model: PreTrainedModel) -> str:
-    """SHA-256 over a model's class, configuration, parameters and buffers: equal models, equal hashes, wherever they lie."""
+    """SHA-256 over a model's classes, configuration, parameters and buffers: equal models, equal hashes, wherever they lie."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in _UNIMPORTANT}
-    digest = hashlib.sha256(type(model).__name__.encode())
+    digest = hashlib.sha256(f"{type(model).__name__} {source_sha256(model)}".encode())
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor_sha256(tensor).encode())

@@ -21,6 +21,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from modeling.routers import TopK
 from training.optim.muon import Muon
 from training.optim.schedules import Schedule
 
@@ -37,6 +38,10 @@ class PowerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gain * x / (x.abs().pow(self.p).mean(-1, keepdim=True) + self.eps).pow(1 / self.p)
+
+
+class Even(TopK):
+    """Routes like topk."""
 
 
 class LateMuon(Muon):
@@ -107,6 +112,10 @@ def test_the_catalogue_lists_the_outside_classes_that_a_config_names(
         "summary": "Divides by the p-mean of the magnitudes; p = 2 is RMSNorm without a gain.",
     }  # fmt: skip
     assert hooks["outside.parts:Sawtooth"]["options"] == {"period": "required", "low": 0.5}
+    path.write_text(path.read_text().replace("model: {", 'model: {ffn: {name: moe, router: "outside.parts:Even"}, '))
+    assert main(["hooks", str(path), "--json"]) == 0
+    hooks = {hook["name"]: hook for hook in json.loads(capfd.readouterr().out)["hooks"]}
+    assert hooks["outside.parts:Even"]["kind"] == "router"
     assert main(["hooks"]) == 0
     assert "outside.parts" not in capfd.readouterr().out
 

@@ -38,5 +38,7 @@ SAMPLER = HookKind(
     "(step, global batch) -> row numbers; any world size",
     base="builtins:object",
 )
-OBJECTIVE = HookKind("objective", OBJECTIVES, (), "(model, batch) -> Loss(total, named parts)", base="builtins:object")
+OBJECTIVE = HookKind(
+    "objective", OBJECTIVES, (), "(model, batch) -> Loss.of(own loss, output.auxiliary)", base="builtins:object"
+)
 KINDS = {kind.name: kind for kind in (OPTIMIZER, SCHEDULE, SAMPLER, OBJECTIVE)}

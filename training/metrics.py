@@ -27,6 +27,15 @@ def read_metrics(path: Path) -> list[Row]:
     return rows
 
 
+def _without_nan(value: Any) -> Any:
+    """With text for every number that is not finite, in lists too."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class MetricsLog:
     """One row per logged step; on resume, rows after the resumed step are dropped, so that the file reads like one run."""
 
@@ -61,8 +70,7 @@ class MetricsLog:
 
     def write(self, row: Row) -> None:
         """Append one row; lists (per-layer values) go to the file only. Non-finite numbers are written as text, which JSON lacks."""
-        clean = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(clean) + "\n")
+        self._file.write(json.dumps(_without_nan(row), allow_nan=False) + "\n")
         self._file.flush()
         scalars = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
         for name, value in scalars.items():

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from configs.errors import UserError
 from training.engine import Engine
 
 
@@ -46,8 +47,17 @@ class StepHooks:
         self.engine.optimizer.held = {f"{name}.{leaf}" for name, module in self.holders for leaf in module.held}
 
     def take(self, statistics: dict[str, Tensor]) -> None:
-        """Add one micro-batch's statistics `[layers, ...]`, those that somebody collects."""
+        """Add one micro-batch's statistics `[layers, ...]`, those that somebody collects.
+
+        Raises:
+            UserError: the objective did not pass one on.
+        """
         for name, modules in self.collectors.items():
+            if name not in statistics:
+                raise UserError(
+                    f"train.objective: the loss comes without the statistic {name!r}, which {type(modules[0]).__name__} collects; "
+                    "make it by Loss.of(loss, output.auxiliary)"
+                )
             values = statistics[name].detach()
             assert len(values) == len(modules), f"{name}: {len(values)} layers gave it, {len(modules)} collect it"
             self.sums[name] = self.sums[name] + values if name in self.sums else values.clone()

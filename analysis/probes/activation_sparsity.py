@@ -151,11 +151,14 @@ class ActivationSparsity(Probe):
         assert self.p is not None
         calibration = self.whole
         dense = pruned_loss(model, batches, None)["loss"]
+        if not math.isfinite(dense):  # a run that has diverged: nothing to tolerate
+            return {"loss": dense}
         seen: dict[float, dict[str, float]] = {}
 
         def ratio(error: float) -> float:
             seen[error] = pruned_loss(model, batches, ByContribution(calibration.thresholds(error)))
-            return math.exp(min(seen[error]["loss"] - dense, 50.0))
+            rise = seen[error]["loss"] - dense
+            return math.exp(max(-50.0, min(rise, 50.0)) if math.isfinite(rise) else 50.0)
 
         error, reached, within = largest_error(ratio, self.p)
         best = seen.get(error, {"loss": dense, "active": 1.0})

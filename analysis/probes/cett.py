@@ -48,8 +48,11 @@ def truncation(hidden: Tensor, weight: Tensor, norms: Tensor, thresholds: Tensor
 
 
 def score_bins(scores: Tensor) -> Tensor:
-    """Counts `[SCORE_BINS + 1]` of `|s|`: the first is exact zeros, the others log-spaced bins over the grid's range."""
-    magnitude = scores.abs().flatten()
+    """Counts `[SCORE_BINS + 1]` of `|s|`: the first is exact zeros, the others log-spaced bins over the grid's range.
+
+    NaN counts among the largest: it is above no threshold, and no threshold removes it.
+    """
+    magnitude = scores.abs().flatten().nan_to_num(nan=torch.inf)
     place = (magnitude.clamp_min(1e-38).log2() - LOWEST) * (SCORE_BINS / (HIGHEST - LOWEST))
     index = torch.where(magnitude == 0, 0, place.floor().clamp(0, SCORE_BINS - 1).long() + 1)
     return torch.bincount(index, minlength=SCORE_BINS + 1)
@@ -87,7 +90,7 @@ class Calibration:
         found = []
         for unit, row in zip(self.units.tolist(), self.errors, strict=True):
             rising = row.cummax(0).values.tolist()
-            if rising[0] > error or error <= 0.0:
+            if not 0.0 < error >= rising[0]:  # NaN too
                 found.append(0.0)
                 continue
             last = max(index for index, value in enumerate(rising) if value <= error)

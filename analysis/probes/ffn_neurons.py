@@ -36,8 +36,8 @@ def ffn_layers(model: nn.Module) -> list[Layer]:
         act, down = getattr(tap.module, "act_fn", None), getattr(tap.module, "down_proj", None)
         if not isinstance(down, nn.Linear) or not isinstance(act, nn.Module):
             raise UserError(
-                f"probe activation_sparsity: layer {tap.layer} is a {type(tap.module).__name__}, "
-                "not a dense feed-forward network with act_fn and down_proj; take the probe out"
+                f"layer {tap.layer} is a {type(tap.module).__name__}, "
+                "not a dense feed-forward network with act_fn and down_proj"
             )
         layers.append(Layer(act, down))
     return layers

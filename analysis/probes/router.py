@@ -63,7 +63,7 @@ class RouterTelemetry(Probe):
         """
         layers = [module for module in model.modules() if isinstance(module, MoE)]
         if not layers:
-            raise UserError(f"probe router: {type(model).__name__} has no mixture of experts (model.ffn moe)")
+            raise UserError(f"{type(model).__name__} has no mixture of experts (model.ffn moe)")
         shape = (len(layers), max(layer.count for layer in layers))
         if shape != self.shape:
             assert self._update_count <= 1, "reset the probe before showing it a network of another shape"

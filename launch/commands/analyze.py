@@ -66,12 +66,16 @@ def _options(words: list[str]) -> dict[str, Any]:
         raise ConfigError(f"--option {' '.join(words)}: not valid YAML") from None
 
 
-def _probes(names: str, options: dict[str, Any]) -> list[Any]:
+def probes_named(names: str, options: dict[str, Any], rows: int) -> list[Any]:
+    """The probes; one that reads fewer rows than it is given (`rows`) is told how many there are."""
     from analysis.hooks import PROBE
-    from modeling.hooks import HookError, build
+    from modeling.hooks import HookError, build, option_types, resolve
+
+    def own(name: str) -> dict[str, Any]:
+        return {"rows": rows} if "rows" in option_types(PROBE, resolve(PROBE, name)) else {}
 
     try:
-        return [build(PROBE, {"name": name, "options": options}) for name in names.split(",")]
+        return [build(PROBE, {"name": name, "options": own(name) | options}) for name in names.split(",")]
     except HookError as error:
         raise ConfigError(str(error)) from None
 
@@ -92,6 +96,14 @@ def _search(model: Any, folder: str, rows: Any) -> tuple[dict[str, Any], int]:
     return {"checkpoint": folder, "layers": layers}, 0
 
 
+def _shown(value: Any) -> str:
+    if not isinstance(value, list):
+        return str(value)
+    if len(value) > 64 or any(isinstance(item, list) for item in value):
+        return f"{len(value)} {'rows' if value and isinstance(value[0], list) else 'values'} (see --json)"
+    return " ".join(f"{item:.3f}" if isinstance(item, float) else str(item) for item in value)
+
+
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Print what the probes find, or the verdict of the rotation test."""
     if arguments.rotation_test:
@@ -104,7 +116,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
     if arguments.rows < 1:
         raise ConfigError(f"--rows {arguments.rows}: must be at least 1")
-    probes = _probes(arguments.probes, _options(arguments.option))
+    probes = probes_named(arguments.probes, _options(arguments.option), arguments.rows)
     model, folder = load_model(arguments.checkpoint)
     if arguments.text:
         window = min(int(model.config.max_position_embeddings), 2048)
@@ -117,6 +129,5 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     for probe in probes:
         found |= probe.measure(model, list(rows[: arguments.rows, :-1].split(8)))
     for key, value in found.items():
-        shown = " ".join(f"{v:.3f}" for v in value) if isinstance(value, list) and len(value) <= 64 else value
-        print(f"{key}: {shown if not isinstance(shown, list) else f'{len(shown)} values (see --json)'}")
+        print(f"{key}: {_shown(value)}")
     return {"checkpoint": folder, "found": found}, 0

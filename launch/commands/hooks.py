@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _outside(config_name: str) -> dict[str, list[str]]:
     from configs.loading import load_config
-    from modeling.hooks import KINDS
+    from modeling.hooks import KINDS, inner_spec, resolve
     from training.build import check_hooks
 
     config = load_config(config_name)
@@ -29,6 +29,11 @@ def _outside(config_name: str) -> dict[str, list[str]]:
         "objective": [config.train.objective.name],
         "probe": [probe.name for probe in config.probes],
     }
+    for kind in KINDS.values():
+        spec = getattr(config.model, kind.name)
+        for option, inner in getattr(resolve(kind, spec.name), "inner", {}).items():
+            if option in spec.options:
+                named.setdefault(inner, []).append(inner_spec(spec.options[option])["name"])
     return {kind: [name for name in names if ":" in name] for kind, names in named.items()}
 
 

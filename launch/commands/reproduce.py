@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from configs.errors import UserError
 from launch.reproductions import REPRODUCTIONS
 
 EXAMPLE = "mesokurt reproduce osp --quick"
@@ -47,8 +49,15 @@ def reproduce_one(name: str, quick: bool) -> dict[str, Any]:
     }
 
 
+def _writable(path: Path) -> bool:
+    """Whether a file can be made there, before hours are spent on what it is to hold."""
+    return os.access(next(place for place in (path, *path.absolute().parents) if place.exists()), os.W_OK)
+
+
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Exit code 1 when a criterion fails."""
+    if arguments.out and (arguments.out.is_dir() or not _writable(arguments.out)):
+        raise UserError(f"--out {arguments.out}: cannot be written; name a file")
     names = list(REPRODUCTIONS) if arguments.name == "all" else [arguments.name]
     results = [reproduce_one(name, arguments.quick) for name in names]
     result = (

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from torch import nn
 
 from analysis.eafo import (
     Density,
@@ -119,6 +120,14 @@ def test_the_output_entropy_of_relu_is_that_of_the_half_normal_distribution(coun
     assert output_entropy(ReLU(), x) == pytest.approx(
         exact, abs=0.04
     )  # smoothing widens; over the edge at 0 it would add 0.1
+
+
+@pytest.mark.parametrize(("degrees", "exact"), [(np.inf, 1.2647), (5, 1.1158)])
+def test_the_output_entropy_of_an_activation_that_rises_everywhere(degrees: float, exact: float) -> None:
+    """softplus of normal and Student-t inputs, by quadrature of `H(X) + E log f'(X) - log std f(X)`; nothing is mirrored far out."""
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=200_000) if degrees == np.inf else draw.standard_t(degrees, size=200_000)
+    assert output_entropy(nn.Softplus(), x) == pytest.approx(exact, abs=0.02)
 
 
 def test_a_network_s_layers_are_searched() -> None:

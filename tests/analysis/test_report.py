@@ -170,6 +170,25 @@ def test_a_run_without_probes_says_so(tmp_path: Path) -> None:
     assert text.count("<svg") == 1
 
 
+SPARSE = {
+    "activation_sparsity/cett/errors": [0.02, 0.2, 0.8],
+    "activation_sparsity/cett/active": [0.5, 0.3, 0.1],
+    "activation_sparsity/cett_ppl/active": 0.6,
+}
+
+
+@pytest.mark.parametrize(
+    ("error", "shown", "share"), [(0.2, "0.200", "30.0%"), (0.006, "0.020", "50.0%"), (1.0, "0.800", "10.0%")]
+)
+def test_a_share_is_labelled_with_the_error_at_which_it_was_read(
+    run_dir: Path, error: float, shown: str, share: str
+) -> None:
+    row = {"step": 1, "tokens": 100, "activation_sparsity/cett_ppl/error": error, **SPARSE}
+    (run_dir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    text, _ = render(run_dir)
+    assert re.search(rf"at truncation error {shown}</td>\s*<td[^>]*>{share}", text)
+
+
 HOSTILE: list[dict[str, Any]] = [
     {"evaluation.json": "[1, 2"},
     {"evaluation.json": json.dumps({"nats_per_token": "many", "ladder": {"bits": 4}, "environment": []})},
@@ -189,6 +208,12 @@ HOSTILE: list[dict[str, Any]] = [
     {
         "metrics.jsonl": '{"step": 1, "loss": "nan", "kurtosis/resid": "inf", "kurtosis/resid/by_layer": [NaN, 1.0, Infinity]}'
     },
+    {
+        "metrics.jsonl": json.dumps(
+            {"step": 1, "tokens": 5, **SPARSE, "activation_sparsity/cett/active": ["nan", 0.3, 0.1]}
+        )
+    },
+    {"metrics.jsonl": json.dumps({"step": 1, "tokens": 5, **SPARSE, "activation_sparsity/cett_ppl/error": "nan"})},
     {"metrics.jsonl": '{"step": 1, "kurtosis/resid/by_layer": []}\n[]\n3\n{"loss": 2}\n{"step": 2, "loss": [1]}'},
     {"metrics.jsonl": '{"step": 1, "kurtosis/q/by_layer": [1, 2]}\n{"step": 2, "kurtosis/q/by_layer": [5]}'},
     {"metrics.jsonl": '{"step": 1, "kurtosis/<b>/by_layer": [1], "activation_histogram/resid/counts": [[1], [2, 3]]}'},

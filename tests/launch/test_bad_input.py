@@ -98,7 +98,7 @@ CONFIG_MISTAKES = [
         "probes=[{name: kurtosis, mode: alone}]",
         "probes.0: probe 'kurtosis': option mode = 'alone' is not one of 'context', 'single_token'",
     ),
-    ("probes=[router]", "probes.0: probe 'router': probe router: MesokurtForCausalLM has no mixture of experts"),
+    ("probes=[router]", "probes.0: probe 'router': MesokurtForCausalLM has no mixture of experts"),
     ("probes=[{name: mask_mass, block: 7}]", "probes.0: probe 'mask_mass': mask_mass: block 7 does not divide"),
     ("optim.options.momentum=high", "optim.name: optimizer 'muon': option momentum = 'high' is not a float"),
     ("optim.options.nestrov=true", "optim.name: optimizer 'muon' has no option 'nestrov'; options: nesterov"),

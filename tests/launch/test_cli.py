@@ -16,6 +16,7 @@ from analysis.hooks import KINDS as PROBE_KINDS
 from configs.loading import CONFIG_DIR
 from configs.schema import RunConfig
 from launch.cli import COMMANDS, main, without_nan
+from launch.commands.analyze import probes_named
 from modeling.hooks import KINDS as MODEL_KINDS
 from tests.tiny_run import tiny_yaml
 from training.hooks import KINDS as TRAINING_KINDS
@@ -166,6 +167,9 @@ def test_a_run_goes_from_text_to_report_and_every_command_reads_it(
 
     assert main(["analyze", run, "--rows", "2", "--json"]) == 0
     assert object_printed(capfd)["found"]["kurtosis/resid"] >= 0
+    for name in set(PROBE_KINDS["probe"].table) - {"router"}:  # which wants experts
+        assert main(["analyze", run, "--rows", "2", "--probes", name]) == 0, name
+        assert name in capfd.readouterr().out
     assert main(["report", run, "--json"]) == 0
     assert object_printed(capfd) == {"report": str(tmp_path / "run" / "report.html")}
 
@@ -185,3 +189,16 @@ def test_json_has_null_for_what_is_no_number() -> None:
         "b": {"c": None, "d": "nan"},
         "e": None,
     }
+
+
+def test_a_probe_that_reads_some_rows_only_is_told_how_many_are_wanted() -> None:
+    found = probes_named("activation_sparsity,kurtosis", {}, rows=64)
+    assert [getattr(probe, "rows", None) for probe in found] == [64, None]
+    assert probes_named("activation_sparsity", {"rows": 8}, rows=64)[0].rows == 8
+
+
+def test_a_result_that_cannot_be_kept_is_told_before_hours_are_spent_on_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reproduce", "osp", "--out", str(tmp_path)]) == 1
+    assert f"--out {tmp_path}: cannot be written; name a file" in capfd.readouterr().err

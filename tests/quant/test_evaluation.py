@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -120,6 +121,17 @@ def test_equal_models_have_equal_hashes_wherever_they_lie(tmp_path: Path) -> Non
     model().save_pretrained(tmp_path / "a")
     assert model_sha256(LlamaForCausalLM.from_pretrained(tmp_path / "a")) == model_sha256(model())
     assert model_sha256(tiny_llama(vocab_size=VOCAB, dtype=torch.float32, seed=1)) != model_sha256(model())
+
+
+def test_a_class_whose_code_was_changed_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file, network = tmp_path / "changing_part.py", model()
+    file.write_text("from torch import nn\n\n\nclass Part(nn.Identity):\n    pass\n")
+    network.part = importlib.import_module("changing_part").Part()
+    before = model_sha256(network)
+    assert model_sha256(network) == before
+    file.write_text(file.read_text() + "\n    # other mathematics\n")
+    assert model_sha256(network) != before
 
 
 def test_what_does_not_apply_is_a_row_with_a_reason(tokenizer: PreTrainedTokenizerBase) -> None:

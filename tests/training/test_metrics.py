@@ -64,14 +64,14 @@ def test_a_last_line_cut_by_a_crash_is_left_out_and_written_again(cut: int, tmp_
 
 def test_numbers_that_json_lacks_are_text(tmp_path: Path) -> None:
     log = MetricsLog(RunConfig(), tmp_path, 0)
-    log.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.5})
+    log.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.5, "by_layer": [[math.nan, 1.0], [2.0]]})
     log.close()
 
     def refuse(text: str) -> float:
         raise AssertionError(f"{text} is not JSON")
 
     row = json.loads(log.path.read_text(), parse_constant=refuse)
-    assert row == {"step": 1, "loss": "nan", "grad_norm": "inf", "lr": 0.5}
+    assert row == {"step": 1, "loss": "nan", "grad_norm": "inf", "lr": 0.5, "by_layer": [["nan", 1.0], [2.0]]}
 
 
 def test_resuming_keeps_text_and_lists(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
 from modeling.config import MesokurtConfig
 from modeling.ffn_gated import GatedFFN
 from tests.ranks import run_ranks
@@ -25,6 +26,7 @@ from tests.training.engines import (
 )
 from training.checkpoint import Progress, load_training_state, load_weights
 from training.engine import Engine
+from training.objectives.loss import Loss
 from training.objectives.next_token import NextToken
 from training.step_hooks import StepHooks
 
@@ -119,6 +121,21 @@ def test_modules_hold_the_same_on_every_number_of_ranks_and_after_a_resume(tmp_p
             held, loaded, ranks = per_rank[stage]
             assert held == loaded == wanted, stage
             assert ranks == 2.0
+
+
+def test_an_objective_that_keeps_statistics_to_itself_is_told() -> None:
+    hooks = StepHooks(counting_engine(0))
+    with pytest.raises(UserError, match=r"without the statistic 'tokens', which Counting collects.*Loss.of"):
+        hooks.take(Loss(torch.zeros(())).statistics)
+
+
+def test_a_loss_is_ones_own_plus_the_layers_named_ones() -> None:
+    own = torch.tensor(2.0, requires_grad=True)
+    loss = Loss.of(own, {"loss/a": torch.tensor(0.5), "count": torch.ones(3), "loss/b": torch.tensor(0.25)})
+    assert loss.total.item() == 2.75
+    assert {name: float(value) for name, value in loss.parts.items()} == {"loss": 2.0, "loss/a": 0.5, "loss/b": 0.25}
+    assert list(loss.statistics) == ["count"]
+    assert Loss.of(own, None).total is own
 
 
 def test_a_network_without_such_modules_costs_nothing() -> None:

@@ -23,11 +23,4 @@ class NextToken:
             position_ids=batch.get("position_ids"),
             use_cache=False,
         )
-        prediction = token_loss(output.logits, tokens[:, 1:])
-        auxiliary = output.auxiliary or {}
-        extra = {name: value for name, value in auxiliary.items() if name.startswith("loss/")}
-        total = prediction
-        for value in extra.values():
-            total = total + value
-        parts = {"loss": prediction.detach(), **{name: value.detach() for name, value in extra.items()}}
-        return Loss(total, parts, {name: value for name, value in auxiliary.items() if name not in extra})
+        return Loss.of(token_loss(output.logits, tokens[:, 1:]), output.auxiliary)

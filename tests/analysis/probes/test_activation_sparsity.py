@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -219,3 +220,15 @@ def test_pruning_leaves_no_hook_behind() -> None:
     model = network()
     PrunedLoss(ByRank(0.5)).update(model, tokens(1, 4))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(("bad", "scale"), [(float("nan"), 1.0), (float("inf"), 1.0), (0.0, 1e5)])
+def test_a_network_that_has_diverged_does_not_end_the_run(bad: float, scale: float) -> None:
+    """A weight that is no number, or logits so large that leaving neurons out changes the loss by more than exp can hold."""
+    model, ids = network(), tokens(4, 16)
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight[0, 0] += bad
+        model.lm_head.weight *= scale
+    found = ActivationSparsity().measure(model, [ids])
+    assert math.isfinite(found["activation_sparsity/loss"]) == (bad == 0.0)
+    assert ("activation_sparsity/cett_ppl/error" in found) == (bad == 0.0)
