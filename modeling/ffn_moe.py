@@ -34,6 +34,18 @@ def within_capacity(routing: Routing, count: int, capacity: int) -> Tensor:
     return fits.view_as(used)
 
 
+def unfit_activation(activation: dict[str, Any]) -> str | None:
+    """Why experts cannot have an activation, `{"name", "options"}`; None: they can."""
+    try:
+        if mixes_tokens(check(KINDS["activation"], activation["name"], activation["options"])):
+            return f"cannot have activation {activation['name']!r}, which {UNORDERED}"
+        with torch.device("meta"):
+            build(KINDS["activation"], activation)  # one for all experts of a stack, so without a width
+    except HookError as error:
+        return f"cannot have this activation: {error}"
+    return None
+
+
 class MoE(nn.Module):
     """`y = sum_shared FFN(x) + sum_{e chosen} w_e FFN_e(x)`. `[B, T, D] -> [B, T, D]` and named auxiliary values.
 
@@ -125,9 +137,7 @@ class MoE(nn.Module):
     def check_run(cls, config: Any) -> str | None:
         """Why a run's config does not go with this layer."""
         activation = config.model.activation
-        if mixes_tokens(check(KINDS["activation"], activation.name, activation.options)):
-            return f"cannot have activation {activation.name!r}, which {UNORDERED}"
-        return None
+        return unfit_activation({"name": activation.name, "options": activation.options})
 
     @property
     def most_places(self) -> float:

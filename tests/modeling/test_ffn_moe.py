@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.errors import ConfigError
+from configs.loading import config_from_tree
 from modeling.experts import Experts, grouped_linear, has_grouped, looped_linear
 from modeling.ffn_gated import GatedFFN
 from modeling.ffn_moe import MoE, within_capacity
 from modeling.hooks import KINDS, HookError, check
 from modeling.routers import Routing, balance_loss, expert_counts, z_loss
 from tests.modeling.small import roughen, small_config, small_model, tokens
+from training.build import check_hooks
 
 WIDTH = 24
 
@@ -328,6 +331,17 @@ def test_activations_that_look_at_other_tokens_are_refused() -> None:
     delta = {"name": "delta", "options": {"granularity": "layer"}}
     with pytest.raises(HookError, match="activation 'delta' looks at neighbouring tokens"):
         MoE(small_config(activation=delta), 0)
+
+
+@pytest.mark.parametrize(
+    ("activation", "option"),
+    [({"name": "crrelu", "eps_per": "channel"}, "eps_per"), ({"name": "jumprelu", "per": "channel"}, "per")],
+)
+def test_an_activation_with_a_parameter_per_channel_is_a_config_error(activation: dict[str, Any], option: str) -> None:
+    """A stack has one activation for all its experts; with one parameter per layer it is fine."""
+    check_hooks(config_from_tree({"model": {"ffn": "moe", "activation": activation | {option: "layer"}}}, "test"))
+    with pytest.raises(ConfigError, match=f"model.ffn: ffn 'moe' cannot have this activation: .*: {option} 'channel'"):
+        check_hooks(config_from_tree({"model": {"ffn": "moe", "activation": activation}}, "test"))
 
 
 @pytest.mark.parametrize(
