@@ -114,8 +114,11 @@ def load_tokenizer(where: str) -> PreTrainedTokenizerBase:
 DATASETS = {"wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1:test"}
 
 
-def text_windows(tokenizer: PreTrainedTokenizerBase, path: Path, window: int) -> Text:
-    """A text file in non-overlapping windows.
+MORE_TEXT, MORE_OR_SHORTER = "give more text", "give more text or a smaller --window"
+
+
+def text_windows(tokenizer: PreTrainedTokenizerBase, path: Path, window: int, remedy: str = MORE_TEXT) -> Text:
+    """A text file in non-overlapping windows; `remedy` is what the user of the command can do about one that is too short.
 
     Raises:
         UserError: the file cannot be read or is shorter than one window.
@@ -124,7 +127,7 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, path: Path, window: int) ->
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--text {path}: cannot be read as UTF-8 text ({error})") from None
-    return _windows(tokenizer, text, window, f"--text {path}", path.name)
+    return _windows(tokenizer, text, window, f"--text {path}", path.name, remedy)
 
 
 def dataset_windows(tokenizer: PreTrainedTokenizerBase, name: str, window: int) -> Text:
@@ -143,19 +146,17 @@ def dataset_windows(tokenizer: PreTrainedTokenizerBase, name: str, window: int) 
     except Exception as error:  # the network and other people's files: many types, all the same to the user
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"--dataset {name}: not available as text ({reason}); give --text FILE") from None
-    return _windows(tokenizer, text, window, f"--dataset {name}", name)
+    return _windows(tokenizer, text, window, f"--dataset {name}", name, MORE_OR_SHORTER)
 
 
-def _windows(tokenizer: PreTrainedTokenizerBase, text: str, window: int, option: str, name: str) -> Text:
+def _windows(tokenizer: PreTrainedTokenizerBase, text: str, window: int, option: str, name: str, remedy: str) -> Text:
     """Windows `[N, window]` of a text; what is left at its end is dropped."""
     if window < 2:
         raise UserError(f"--window {window}: must be at least 2", exit_code=2)
     tokens = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
     count = len(tokens) // window
     if count < 1:
-        raise UserError(
-            f"{option}: {len(tokens)} tokens are too few for one window of {window}; give more text (evaluate: or a smaller --window)"
-        )
+        raise UserError(f"{option}: {len(tokens)} tokens are too few for one window of {window}; {remedy}")
     return Text(name, tokens[: count * window].view(count, window), len(text.encode()) / len(tokens))
 
 

@@ -130,14 +130,14 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 
 def _text(arguments: argparse.Namespace, folder: str, window: int) -> Any:
-    from launch.loading import dataset_windows, held_out_rows, load_tokenizer, text_windows
+    from launch.loading import MORE_OR_SHORTER, dataset_windows, held_out_rows, load_tokenizer, text_windows
 
     if arguments.no_text:
         if not arguments.tasks:
             raise UserError("--no-text without --tasks leaves nothing to measure", exit_code=2)
         return None
     if arguments.text is not None:
-        return text_windows(load_tokenizer(folder), arguments.text, window)
+        return text_windows(load_tokenizer(folder), arguments.text, window, MORE_OR_SHORTER)
     if arguments.dataset is not None:
         return dataset_windows(load_tokenizer(folder), arguments.dataset, window)
     return held_out_rows(arguments.checkpoint, arguments.rows or ROWS)

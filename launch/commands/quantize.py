@@ -94,10 +94,10 @@ def _method(arguments: argparse.Namespace) -> str:
 
 def _measured_rows(arguments: argparse.Namespace, folder: str, window: int) -> Any:
     """What the loss is measured on, or None where there is nothing."""
-    from launch.loading import held_out_rows, load_tokenizer, text_windows
+    from launch.loading import MORE_OR_SHORTER, held_out_rows, load_tokenizer, text_windows
 
     if arguments.text is not None:
-        return text_windows(load_tokenizer(folder), arguments.text, window).rows[: arguments.rows]
+        return text_windows(load_tokenizer(folder), arguments.text, window, MORE_OR_SHORTER).rows[: arguments.rows]
     if (Path(arguments.checkpoint) / "config.yaml").is_file():
         return held_out_rows(arguments.checkpoint, arguments.rows).rows
     if arguments.explain:
