@@ -16,9 +16,10 @@ from analysis.probes.base import undisturbed
 from analysis.probes.pruning import WidthPruning
 from analysis.probes.sites import find_taps, tapped
 from configs.errors import UserError
-from configs.loading import dump_config, load_config
-from configs.schema import FreezeSection, HookSpec
-from launch.loading import calibration_rows, load_model
+from configs.loading import dump_config
+from configs.schema import RunConfig
+from launch.conversion_run import converted_run
+from launch.loading import calibration_rows, load_model, refuse_outside_hooks
 from modeling.folders import checkpoints, resolve
 from training.conversion import Cut, Groups, Partition, group_neurons
 from training.conversion_checkpoint import convert_folder, converted_config, describe
@@ -29,7 +30,7 @@ ACTIVITY_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Request:
-    """How to cut, what neurons are ranked by and how they are grouped, on which text; for how many steps the experts then wait."""
+    """How to cut, what neurons are ranked by and how they are grouped, on which text; how long experts then wait, and the last step."""
 
     cut: Cut
     scores: Literal["contribution", "activation", "weight"] = "contribution"
@@ -37,6 +38,7 @@ class Request:
     text: Path | None = None
     rows: int = 64
     frozen_steps: int = 0
+    steps: int | None = None
 
     @property
     def needs_text(self) -> bool:
@@ -137,14 +139,21 @@ def convert(where: str, step: int | None, request: Request, out: Path) -> dict[s
         raise UserError(
             f"--frozen-steps {request.frozen_steps}: at least 0, and for checkpoints of a run only", exit_code=2
         )
-    converted_config(source, request.cut)  # refuse before anything is measured
+    if request.steps is not None and run is None:
+        raise UserError(f"--steps {request.steps}: for checkpoints of a run only", exit_code=2)
+    refuse_outside_hooks(source)
+    config = converted_config(source, request.cut)
+    new: RunConfig | None = None
+    left_out: list[str] = []
+    if run is not None:
+        new, left_out = converted_run(source, run, out, config, request.steps, request.frozen_steps)
     group = layer_groups(request, source, run)
-    target = out if run is None else out / "checkpoints" / source.name
+    target = out if new is None else out / "checkpoints" / source.name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        config = convert_folder(source, target, request.cut, group)
-        if run is not None:
-            write_run_config(run, out, config.ffn, request.frozen_steps, int(source.name[5:]))
+        convert_folder(source, target, request.cut, group)
+        if new is not None:
+            (out / "config.yaml").write_text(dump_config(new), encoding="utf-8")
     except OSError as error:
         shutil.rmtree(out, ignore_errors=True)
         raise UserError(f"--out {out}: cannot be written ({error})") from None
@@ -154,21 +163,10 @@ def convert(where: str, step: int | None, request: Request, out: Path) -> dict[s
     return {
         "source": str(source),
         "out": str(out),
-        "config": str(out / "config.yaml") if run is not None else None,
-        "scores": request.scores,
+        "config": None if new is None else str(out / "config.yaml"),
+        "steps": None if new is None else new.train.steps,
+        "probes_left_out": left_out,
+        "scores": None if request.cut.copies else request.scores,
         "partition": "copies" if request.cut.copies else request.partition,
         **describe(config, request.cut),
     }
-
-
-def write_run_config(run: Path, out: Path, ffn: dict[str, Any], frozen_steps: int, step: int) -> None:
-    """The run's config with the converted FFN, whose run directory is `out`, experts frozen for some steps after `step`."""
-    config = load_config(run / "config.yaml")
-    spec = HookSpec(name=ffn["name"], options=ffn["options"])
-    model = config.model.model_copy(update={"ffn": spec, "ffn_width": config.model.resolved_ffn_width})
-    section = config.run.model_copy(update={"dir": str(out)})
-    changes: dict[str, Any] = {"model": model, "run": section}
-    if frozen_steps:
-        wait = FreezeSection(parameters="*.mlp.*experts.*", until=step + frozen_steps)
-        changes["optim"] = config.optim.model_copy(update={"freeze": [*config.optim.freeze, wait]})
-    (out / "config.yaml").write_text(dump_config(config.model_copy(update=changes)), encoding="utf-8")

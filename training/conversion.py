@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from modeling.ffn_moe import unfit_activation
 
 Partition = Literal["snake", "coactivation", "random", "contiguous"]
 DENSE_FFNS = {"swiglu": True, "mlp": False}
 """FFNs that can be cut, and whether they are gated."""
-WHOLE_TOKEN_ACTIVATIONS = ("topk", "delta")
-"""Activations that look at all neurons of a token, or at other tokens: cut apart they compute something else."""
+WHOLE_TOKEN_ACTIVATIONS = ("topk",)
+"""Activations that look at all neurons of a token: cut apart they compute something else, copied they do not."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,9 @@ def moe_options(ffn: dict[str, Any], activation: dict[str, Any], width: int, cut
             f"activation {activation['name']!r} is not elementwise, so its FFN cannot be split into experts",
             exit_code=2,
         )
+    reason = unfit_activation(activation)
+    if reason:
+        raise UserError(f"experts {reason}", exit_code=2)
     cut.check(width)
     router = (
         {"name": "topk"} if cut.copies else {"name": "residual", "init_std": 0.0 if cut.active == cut.experts else 1e-3}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -16,15 +17,18 @@ from torch import Tensor
 
 from configs.errors import UserError
 from modeling.config import MesokurtConfig
+from modeling.decoder import MesokurtForCausalLM
 from modeling.folders import write_manifest
-from modeling.hooks import INNER_KINDS, build, inner_spec
+from modeling.hooks import INNER_KINDS, HookError, build, inner_spec
 from modeling.initializers import keyed_generator
 from modeling.router_residual import SharedGate
+from training.checkpoint import Progress, TrainerRecord, read_record
 from training.conversion import Cut, Groups, cut_tensor, moe_options
+from training.engine import persistent_buffers
 
 FFN_TENSOR = re.compile(r"^(?P<state>(?:\w+/)?)(?P<layer>model\.layers\.(?P<index>\d+)\.mlp)\.(?P<leaf>.+)$")
 ROUTER_STATES = ("exp_avg", "exp_avg_sq")
-REWRITTEN = ("config.json", "model.safetensors", "optimizer.safetensors", "manifest.json")
+REWRITTEN = ("config.json", "model.safetensors", "optimizer.safetensors", "trainer.json", "manifest.json")
 
 
 def cut_all(tensors: Iterable[tuple[str, Tensor]], groups: list[Groups]) -> dict[str, Tensor]:
@@ -87,6 +91,40 @@ def router_states(parameters: dict[str, Tensor], states: dict[str, Tensor]) -> d
     return found
 
 
+def converted_record(source: Path) -> TrainerRecord | None:
+    """Where the run stands, without what it remembers of the dense network's losses (None: `source` is no training checkpoint)."""
+    if not (source / "trainer.json").is_file():
+        return None
+    record = read_record(source)
+    old = record.progress
+    position = Progress(old.step, old.tokens, skipped=old.skipped, data_shift=old.data_shift)
+    return record.model_copy(update={"progress": position})
+
+
+def check_tensors(config: MesokurtConfig, weights: dict[str, Tensor], states: dict[str, Tensor], source: Path) -> None:
+    """Refuse weights and optimizer states whose names or shapes are not those of the network that `config` describes.
+
+    Raises:
+        UserError: names the first that differs.
+    """
+    try:
+        with torch.device("meta"):
+            model = MesokurtForCausalLM(copy.deepcopy(config))
+    except HookError as error:
+        raise UserError(f"{source}: the converted network cannot be built ({error})") from None
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    wanted = {name: tensor.shape for name, tensor in (parameters | persistent_buffers(model)).items()}
+    strangers = sorted(wanted.keys() ^ weights.keys())
+    strangers += [key for key in sorted(states) if key.partition("/")[2] not in parameters and key[:4] != "rng/"]
+    if strangers:
+        raise UserError(f"{source}: its tensors do not match the converted network: {', '.join(strangers[:3])}")
+    shaped = {key: tensor for key, tensor in states.items() if not key.startswith(("rng/", "step/"))}
+    for key, tensor in {**weights, **shaped}.items():
+        shape = wanted[key if key in weights else key.partition("/")[2]]
+        if tensor.shape != shape:
+            raise UserError(f"{source}: {key} is {list(tensor.shape)}, the converted network has {list(shape)}")
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as stored:
@@ -125,22 +163,26 @@ def convert_folder(
     Raises:
         UserError: it cannot be read, cut or written; nothing is left at `target`.
     """
-    config = converted_config(source, cut)
+    config, record = converted_config(source, cut), converted_record(source)
     weights = _read(source / "model.safetensors")
+    memory = source / "optimizer.safetensors"
+    states = _read(memory) if memory.is_file() else {}
     layers = int(config.num_hidden_layers)
     groups = [group(_leaves(weights, layer), layer) for layer in range(layers)]
     parameters, buffers = new_routers(config, layers)
+    whole = cut_all(weights.items(), groups) | parameters | buffers
+    moved = cut_all(states.items(), groups) | router_states(parameters, states)
+    check_tensors(config, whole, moved, source)
     partial = target.with_name(f".partial-{target.name}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*REWRITTEN))
         config.save_pretrained(partial)
-        whole = cut_all(weights.items(), groups) | parameters | buffers
         save_file(whole, partial / "model.safetensors", metadata={"format": "pt"})
-        if (source / "optimizer.safetensors").is_file():
-            states = _read(source / "optimizer.safetensors")
-            converted = cut_all(states.items(), groups) | router_states(parameters, states)
-            save_file(converted, partial / "optimizer.safetensors")
+        if memory.is_file():
+            save_file(moved, partial / "optimizer.safetensors")
+        if record is not None:
+            (partial / "trainer.json").write_text(record.model_dump_json() + "\n", encoding="utf-8")
         write_manifest(partial)
         partial.rename(target)
     except OSError as error:

@@ -42,7 +42,7 @@ def test_all_experts_active_under_a_zero_router_compute_what_the_dense_layer_did
     dense: Path, tmp_path: Path, shared: int
 ) -> None:
     """Bar of the issue: 1e-5 in float32; in float64 only the order of sums differs."""
-    convert(str(dense), None, Request(Cut(4, 4, shared)), tmp_path / "moe")
+    convert(str(dense), None, Request(Cut(4, 4, shared), steps=9), tmp_path / "moe")
     assert float((logits(tmp_path / "moe", TOKENS) - logits(dense, TOKENS)).abs().max()) < 1e-5
     wide = logits(tmp_path / "moe", TOKENS, torch.float64) - logits(dense, TOKENS, torch.float64)
     assert float(wide.abs().max()) < 1e-12
@@ -98,13 +98,13 @@ def test_a_freeze_that_matches_nothing_is_one_line(dense: Path) -> None:
 
 def test_upcycled_copies_compute_what_the_dense_layer_did(dense: Path, tmp_path: Path) -> None:
     """Weights of a token's experts sum to 1, and the experts are equal."""
-    convert(str(dense), None, Request(Cut(3, 2, copies=True)), tmp_path / "moe")
+    convert(str(dense), None, Request(Cut(3, 2, copies=True), steps=9), tmp_path / "moe")
     assert float((logits(tmp_path / "moe", TOKENS) - logits(dense, TOKENS)).abs().max()) < 1e-5
 
 
 def test_optimizer_state_is_cut_like_the_weights(dense: Path, tmp_path: Path) -> None:
     """Each momentum row sits where its weight row went; steps and untouched tensors are equal; routers remember nothing."""
-    convert(str(dense), None, Request(Cut(4, 2, 0)), tmp_path / "moe")
+    convert(str(dense), None, Request(Cut(4, 2, 0), steps=9), tmp_path / "moe")
     old, new = resolve(dense), resolve(tmp_path / "moe")
     assert fault(new) is None
     weights, moe = load_file(old / "model.safetensors"), load_file(new / "model.safetensors")
@@ -127,7 +127,7 @@ def test_optimizer_state_is_cut_like_the_weights(dense: Path, tmp_path: Path) ->
 
 def test_adam_moments_are_cut_too(dense: Path, tmp_path: Path) -> None:
     run = train_in(dense.parent, "adam-2", "optim.name=adamw", "train.steps=2")
-    convert(str(run), None, Request(Cut(2, 1), scores="weight"), tmp_path / "moe")
+    convert(str(run), None, Request(Cut(2, 1), scores="weight", steps=9), tmp_path / "moe")
     cut = load_file(resolve(tmp_path / "moe") / "optimizer.safetensors")
     for key in ("exp_avg", "exp_avg_sq"):
         assert cut[f"{key}/model.layers.0.mlp.experts.down_proj"].shape == (2, 32, 32)
@@ -213,7 +213,7 @@ def test_cuts_that_do_not_fit_are_refused_before_anything_is_written(
     dense: Path, tmp_path: Path, cut: Cut, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        convert(str(dense), None, Request(cut), tmp_path / "moe")
+        convert(str(dense), None, Request(cut, steps=9), tmp_path / "moe")
     assert not (tmp_path / "moe").exists()
 
 
@@ -221,7 +221,7 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     moe = tmp_path / "moe"
-    command = ["--experts", "4", "--active", "2", "--out"]
+    command = ["--experts", "4", "--active", "2", "--steps", "9", "--out"]
     assert main(["convert", str(dense), *command, str(moe)]) == 0
     lines = {
         "FFN 'moe' cannot be split into experts; those that can: swiglu, mlp": [
@@ -232,7 +232,12 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
         "exists already": [str(dense), *command, str(moe)],
         "no checkpoint of step 5; there are: 3, 6": [str(dense), "--step", "5", *command, str(tmp_path / "c")],
         "neither a model folder": [str(tmp_path / "none"), *command, str(tmp_path / "d")],
-        "give --text FILE or --scores weight": [str(_copy(dense, tmp_path)), *command, str(tmp_path / "e")],
+        "give --text FILE or --scores weight": [
+            str(_copy(dense, tmp_path)),
+            *command[:4],
+            "--out",
+            str(tmp_path / "e"),
+        ],
     }
     for line, words in lines.items():
         capsys.readouterr()
