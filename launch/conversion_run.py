@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from analysis.hooks import PROBE
 from configs.errors import ConfigError, UserError
 from configs.loading import config_from_tree, load_config, to_tree
 from configs.schema import FreezeSection, HookSpec, RunConfig
 from launch.preflight import network
 from modeling.config import MesokurtConfig
-from modeling.hooks import HookError, resolve
-from training.build import model_config
+from training.build import model_config, probe_obstacle
 from training.checkpoint import check_architecture
 
 EXPERTS = "*.mlp.*experts.*"
@@ -58,26 +56,12 @@ def converted_run(
     if frozen_steps:
         wait = FreezeSection(parameters=EXPERTS, until=step + frozen_steps)
         changes["optim"] = dense.optim.model_copy(update={"freeze": [*dense.optim.freeze, wait]})
-    config, left_out = without_unfit_probes(dense.model_copy(update=changes))
     try:
-        config = config_from_tree(to_tree(config), "config")
-        network(config)
+        config = config_from_tree(to_tree(dense.model_copy(update={**changes, "probes": []})), "config")
+        model, _ = network(config)
     except ConfigError as error:
         raise ConfigError(f"the converted run could not be trained: {error} (its config is that of {run})") from None
-    return config, left_out
-
-
-def without_unfit_probes(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """The config without probes that refuse it, and one text for each of those: its name and its reason."""
-    kept, left_out = [], []
-    for probe in config.probes:
-        try:
-            cls = resolve(PROBE, probe.name)
-        except HookError as error:
-            raise ConfigError(f"probes: {error}") from None
-        reason = cls.check_run(config) if hasattr(cls, "check_run") else None
-        if reason:
-            left_out.append(f"{probe.name} {reason}")
-        else:
-            kept.append(probe)
+    reasons = [probe_obstacle(probe, model) for probe in dense.probes]
+    kept = [probe for probe, reason in zip(dense.probes, reasons, strict=True) if reason is None]
+    left_out = [f"{probe.name} ({reason})" for probe, reason in zip(dense.probes, reasons, strict=True) if reason]
     return config.model_copy(update={"probes": kept}), left_out

@@ -122,6 +122,21 @@ def build_probes(config: RunConfig) -> list[tuple[Probe, int | None]]:
     return [(build(PROBE, _spec(probe)), probe.every) for probe in config.probes]
 
 
+def probe_obstacle(probe: HookSpec, model: nn.Module) -> str | None:
+    """Why a probe cannot look into this network; None: it can.
+
+    Raises:
+        ConfigError: there is no such probe or option.
+    """
+    try:
+        with build(PROBE, _spec(probe)).tap(model):
+            return None
+    except HookError as error:
+        raise ConfigError(f"probes: {error}") from None
+    except UserError as error:
+        return str(error)
+
+
 def check_probes(config: RunConfig, model: nn.Module) -> None:
     """Whether every probe finds in this network what it looks at, so that none ends the run after its last step.
 
@@ -129,11 +144,9 @@ def check_probes(config: RunConfig, model: nn.Module) -> None:
         ConfigError: one does not.
     """
     for index, probe in enumerate(config.probes):
-        try:
-            with build(PROBE, _spec(probe)).tap(model):
-                pass
-        except UserError as error:
-            raise ConfigError(f"probes.{index}: probe {probe.name!r}: {error}") from None
+        reason = probe_obstacle(probe, model)
+        if reason:
+            raise ConfigError(f"probes.{index}: probe {probe.name!r}: {reason}")
 
 
 def build_schedule(config: RunConfig) -> Schedule:
