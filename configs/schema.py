@@ -433,8 +433,18 @@ Probe = Annotated[
 ]
 
 
+def _with_extends(schema: dict[str, Any]) -> None:
+    """Files may also name the one that they change; it is gone when a config is loaded."""
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "The config that this file changes.",
+    }
+
+
 class RunConfig(Section):
     """One run, whole: validated, frozen, saved beside its results."""
+
+    model_config = ConfigDict(json_schema_extra=_with_extends)
 
     run: RunSection = RunSection()
     model: ModelSection = ModelSection()

@@ -56,10 +56,11 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
     arguments, rest = parser.parse_known_args(words)
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     strangers = [word for word in rest if word not in overrides]
-    if strangers or (overrides and not hasattr(arguments, "overrides")):
+    place = next((name for name in ("overrides", "files") if hasattr(arguments, name)), None)
+    if strangers or (overrides and place is None):
         parser.error(f"unrecognized arguments: {' '.join(strangers or overrides)}")
-    if overrides:
-        arguments.overrides = [*arguments.overrides, *overrides]
+    if overrides and place is not None:
+        setattr(arguments, place, [*getattr(arguments, place), *overrides])
     return arguments
 
 

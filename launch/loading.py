@@ -169,11 +169,13 @@ def held_out_rows(run_dir: str, rows: int) -> Text:
     if rows < 1:
         raise UserError(f"--rows {rows}: must be at least 1", exit_code=2)
     from training.data.prepare import prepare
+    from training.data.tokenizer import check_tokenizer
 
     saved = Path(run_dir) / "config.yaml"
     if not saved.is_file():
         raise UserError(f"{run_dir} is no run directory, so it has no held-out rows; give --text FILE")
     store = prepare(load_config(saved))
+    check_tokenizer(Path(run_dir), store.tokenizer_folder)
     count = min(rows, store.num_rows("held_out"))
     return Text("held-out rows", store.rows("held_out", np.arange(count)), store.bytes_per_token("held_out"))
 
@@ -190,6 +192,8 @@ def calibration_rows(checkpoint: str, path: Path | None, where: str, window: int
     if not saved.is_file():
         return None
     from training.data.prepare import prepare
+    from training.data.tokenizer import check_tokenizer
 
     store = prepare(load_config(saved))
+    check_tokenizer(Path(checkpoint), store.tokenizer_folder)
     return store.rows("train", np.arange(min(rows, store.num_rows("train"))))[:, :window]

@@ -49,6 +49,8 @@ ROLES: Mapping[str, Role] = {
     "mlp.gate": Role.KEEP,
     "mlp.router": Role.KEEP,
     "mlp.shared_expert_gate": Role.KEEP,
+    "mlp.shared_gate": Role.KEEP,
+    "mlp.predictor": Role.KEEP,
     # Phi-3
     "self_attn.qkv_proj": Role.TOKEN_IN,
     "mlp.gate_up_proj": Role.TOKEN_IN,

@@ -41,6 +41,7 @@ from training.checkpoint import (
 from training.data.loader import Loader
 from training.data.prepare import prepare
 from training.data.store import TokenStore
+from training.data.tokenizer import check_tokenizer
 from training.engine import Engine
 from training.expert_parallel import check_world
 from training.finish import finish
@@ -77,6 +78,7 @@ def pretrain(config: RunConfig, stop: StopSignal | None = None) -> Path:
     check_sequence(config, ranks.world_size)
     run_dir = RunDirectory(config, main)
     store = prepare(config, progress=main)
+    check_tokenizer(run_dir.path, store.tokenizer_folder)
     set_seed(config.run.seed)
 
     stop = stop or StopSignal()

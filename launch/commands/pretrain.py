@@ -16,11 +16,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """Train on this process (several ranks: launch/pretrain.sh)."""
+    """Train on this process (several ranks: launch/pretrain.sh); a run that is asked to stop saves first."""
     from configs.loading import load_config
     from training.pretrain import pretrain
+    from training.signals import REQUEUE_EXIT_CODE, StopSignal
 
-    folder = pretrain(load_config(arguments.config, arguments.overrides))
+    stop = StopSignal().install()
+    try:
+        folder = pretrain(load_config(arguments.config, arguments.overrides), stop)
+    finally:
+        stop.release()
     evaluation = folder / "evaluation.json"
     found = json.loads(evaluation.read_text()) if evaluation.exists() else {}
-    return {"run_dir": str(folder), "evaluation": found}, 0
+    return {"run_dir": str(folder), "evaluation": found}, REQUEUE_EXIT_CODE if stop.requested else 0

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from configs.loading import CONFIG_DIR, config_from_tree, differences, dump_config, find_config, load_config, to_tree
+from configs.loading import (
+    CONFIG_DIR,
+    _parse_yaml,
+    config_from_tree,
+    differences,
+    dump_config,
+    find_config,
+    load_config,
+    to_tree,
+)
 from configs.schema import RunConfig
 from modeling.decoder import MesokurtForCausalLM
 from training.build import build_optimizer, build_probes, build_schedule, check_hooks, model_config
@@ -129,6 +138,8 @@ def accepts(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
 def test_the_json_schema_accepts_every_shipped_config(name: str) -> None:
     schema = RunConfig.model_json_schema()
     validate(to_tree(load_config(name)), schema, schema)
+    written = (CONFIG_DIR / f"{name}.yaml").read_text()
+    validate(_parse_yaml(written, name), schema, schema)  # as an editor sees it
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,20 @@ def test_a_run_directory_of_another_config_is_left_as_it_is(tmp_path: Path, refu
     assert contents(tmp_path / "run") == before
 
 
+def test_a_run_whose_tokenizer_was_trained_anew_is_not_gone_on_with(
+    tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    """Its ids would mean other text, and nothing else would tell."""
+    yaml = str(tiny_yaml(tmp_path))
+    assert main(["pretrain", yaml, *NO_REPORT, "train.steps=2"]) == 0
+    before = contents(tmp_path / "run" / "checkpoints")
+    with (tmp_path / "corpus" / "000.txt").open("a") as file:
+        file.write("\n\n" + "zebra quilts vexing jocks " * 400)
+    for words in (("pretrain", yaml, *NO_REPORT, "train.steps=2"), ("evaluate", str(tmp_path / "run"), "--rows", "2")):
+        assert "have another tokenizer than step-00000002" in refused(*words, code=1)
+    assert contents(tmp_path / "run" / "checkpoints") == before
+
+
 def test_a_checkpoint_of_another_network_is_not_loaded(tmp_path: Path, refused: Callable[..., str]) -> None:
     """As when somebody copies checkpoints from one run to another."""
     yaml = str(tiny_yaml(tmp_path))

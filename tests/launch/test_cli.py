@@ -202,3 +202,25 @@ def test_a_result_that_cannot_be_kept_is_told_before_hours_are_spent_on_it(
 ) -> None:
     assert main(["reproduce", "osp", "--out", str(tmp_path)]) == 1
     assert f"--out {tmp_path}: cannot be written; name a file" in capfd.readouterr().err
+
+
+def test_overrides_of_config_check_may_stand_behind_options(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "check", "quickstart", "--ranks", "1", "train.steps=7", "--json"]) == 0
+    assert object_printed(capfd)["configs"]["quickstart"]["tokens"] == 7 * 16 * 256
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_says_so_by_its_exit_code(tmp_path: Path) -> None:
+    path = tiny_yaml(tmp_path)
+    words = ["pretrain", str(path), "train.steps=100000", "checkpoint.every=null", "train.log_every=1", "probes=[]"]
+    command = [sys.executable, "-m", "launch.cli", *words]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    rows = tmp_path / "run" / "metrics.jsonl"
+    try:
+        until = time.monotonic() + 120
+        while not (rows.exists() and rows.stat().st_size) and time.monotonic() < until:
+            time.sleep(0.1)
+        run.terminate()
+        assert run.wait(60) == 75
+    finally:
+        run.kill()
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1

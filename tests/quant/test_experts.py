@@ -104,6 +104,24 @@ def test_the_ladder_takes_a_mixture() -> None:
     assert all(row.loss is not None for row in rows)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "ffn",
+    [
+        {
+            "name": "moe",
+            "options": {"experts": 3, "active": 2, "shared_experts": 1, "shared_gate": True, "router": "residual"},
+        },
+        {"name": "predicted_mask", "options": {}},
+    ],
+)
+def test_gates_and_predictors_of_this_projects_own_stay_as_they_are(ffn: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model: Any = MesokurtForCausalLM(MesokurtConfig(**SMALL, ffn=ffn)).eval()
+    rows = ladder(model, tokens(4, 17), [Bits(4, 4, 4)], ["rtn"])
+    assert all(row.loss is not None for row in rows)
+
+
 def test_packed_experts_are_refused_where_nobody_unpacked_them() -> None:
     with (
         pytest.raises(UserError, match=r"no role is known for model.layers.0.mlp.experts"),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import sentencepiece
 
 from configs.errors import UserError
+from modeling.folders import checkpoints
 from training.data.files import write_whole
 from training.data.tokenizer_convert import META_SYMBOL, META_SYMBOL_BYTES, save_stock, usable_model
 
@@ -162,3 +163,18 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         write_whole(folder / MODEL_FILE, tokenizer.model)
     meta = {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id}
     write_whole(folder / META_FILE, json.dumps(meta, indent=1).encode())
+
+
+def check_tokenizer(run_dir: Path, prepared: Path) -> None:
+    """Whether a run's newest checkpoint was trained with the tokenizer that its data are now `prepared` with.
+
+    Raises:
+        UserError: with another one, as when a tokenizer is trained on sources that have changed since.
+    """
+    for checkpoint in checkpoints(run_dir)[:1]:
+        own, now = checkpoint / "tokenizer.json", prepared / "tokenizer.json"
+        if own.is_file() and now.is_file() and own.read_bytes() != now.read_bytes():
+            raise UserError(
+                f"{run_dir}: its data now have another tokenizer than {checkpoint.name}, so token ids would mean other text "
+                "(have data.sources changed?); bring the old sources back, or start a new run.dir"
+            )
