@@ -72,7 +72,8 @@ def pretrain(config: RunConfig, stop: StopSignal | None = None) -> Path:
     export_rank_environment(ranks)
     main = ranks.rank == 0
     check_hooks(config)
-    check_probes(config, model_on_paper(config))
+    if config.probes:
+        check_probes(config, model_on_paper(config))
     accumulation(config, ranks.world_size)
     check_world(config.parallel.expert, ranks.world_size)
     check_sequence(config, ranks.world_size)
