@@ -172,7 +172,7 @@ class Source(Section):
     text_key: str = "text"
     """Column that holds the text (jsonl, parquet, hub)."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
-    """Share of the mixture, in documents' tokens, relative to the other sources' weights."""
+    """Share of the mixture, in documents' tokens, relative to the other sources' weights, until a source runs out: set data.max_tokens."""
     packages: bool = False
     """stdlib only: also the installed packages' sources."""
     on_bad_bytes: Literal["error", "replace", "skip"] = "error"

@@ -119,15 +119,22 @@ def inspect_config(config: RunConfig, ranks: int) -> Size:
     )
 
 
-def forecast(config: RunConfig, ranks: int, device_name: str) -> Forecast:
-    """Memory and step time of `ranks` ranks on a device.
+def check_ranks(name: str, config: RunConfig, ranks: int) -> None:
+    """Whether so many ranks can share the run.
 
     Raises:
-        UserError: batches that do not divide among the ranks.
+        UserError: batches, groups of experts or groups of sequences that do not divide among them.
     """
-    accumulation(config, ranks)
-    check_world(config.parallel.expert, ranks)
-    check_sequence(config, ranks)
+    try:
+        accumulation(config, ranks)
+        check_world(config.parallel.expert, ranks)
+        check_sequence(config, ranks)
+    except UserError as error:
+        raise UserError(f"{name}: {error}", error.exit_code) from None
+
+
+def forecast(config: RunConfig, ranks: int, device_name: str) -> Forecast:
+    """Memory and step time of `ranks` ranks, which can share the run (`check_ranks`), on a device."""
     model, routes = network(config)
     device = machine(device_name, ranks, zero=ranks > 1 and config.parallel.zero_stage > 0)
     return Forecast(

@@ -78,7 +78,18 @@ class ScaledNormal(LecunNormal):
 
     def __init__(self, config: MesokurtConfig, std: float = 0.02) -> None:
         super().__init__(config)
+        self.check_options(std)
         self.std, self.residual_scale = std, 1.0 / math.sqrt(2 * config.num_hidden_layers)
+
+    @classmethod
+    def check_options(cls, std: float = 0.02) -> None:
+        """Refuse weights that would be equal or infinite.
+
+        Raises:
+            HookError: names the option.
+        """
+        if not 0.0 < std < math.inf:
+            raise HookError(f"std {std}: must be above 0 and finite")
 
     def fill_matrix_(self, weight: Tensor, writes_residual: bool, generator: torch.Generator) -> None:
         """Normal with `std`, or less of it."""

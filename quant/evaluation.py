@@ -17,7 +17,7 @@ from quant.benchmarks import Score, run_benchmarks
 from quant.bits import FULL, Bits
 from quant.experts import unpacked_experts
 from quant.fake_quant import rounded_states
-from quant.measurements import Key, Measurements, model_sha256, tensor_sha256, versions
+from quant.measurements import Key, Measurements, NotKept, model_sha256, tensor_sha256, versions
 from quant.methods import Options, method_of, prepared_weights
 from quant.perplexity import perplexity_of_rows
 
@@ -58,6 +58,11 @@ class Row:
     bits_per_byte: float | None = None
     tasks: dict[str, Score] = field(default_factory=dict)
     note: str = ""
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is any number in it."""
+        return self.loss is not None or any(score.accuracy is not None for score in self.tasks.values())
 
     def as_json(self) -> dict[str, Any]:
         """Plain mapping, the bits as text."""
@@ -136,6 +141,8 @@ def _measure(setup: _Setup, method: str, settings: Sequence[Bits], progress: Cal
             weights = (subject.model, method, missing[0], subject.calibration, subject.options)
             with prepared_weights(*weights) as prepared:
                 _measure_now(setup, method, missing, "; ".join(prepared.notes), progress)
+    except NotKept:
+        raise
     except UserError as error:
         if method_of(method).calibrated and subject.calibration is None:
             raise UserError(f"method {method} needs text to calibrate on; give --calibration FILE") from None
@@ -188,6 +195,7 @@ def evaluate(
 
     Raises:
         UserError: an architecture without known roles, an unknown method, calibration rows that are missing.
+        NotKept: a result cannot be written.
     """
     setup, first = _Setup(subject, kept), methods[0]
     _measure(setup, first, [FULL_PRECISION], progress)

@@ -116,5 +116,5 @@ def export(format_name: str, source: Path, out: Path, wish: Wish) -> Exported:
         UserError: what the format cannot express or check, in one line.
     """
     done = FORMATS[format_name](source, out, wish)
-    write_card(out, wish.name, wish.license, done.written, read_run_files(wish.run_dir))
+    write_card(out, wish.name, wish.license, done.written, read_run_files(wish.run_dir, source))
     return done

@@ -60,11 +60,15 @@ def model_sha256(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+class NotKept(UserError):
+    """A result was measured and could not be written."""
+
+
 class Measurements:
     """Results by key, in a file that is replaced whole after each new one (no file: kept in memory only).
 
     Raises:
-        UserError: the file is there and is not one of these, or cannot be written.
+        UserError: the file is there and is not one of these.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -86,7 +90,11 @@ class Measurements:
         return next((entry["result"] for entry in self.entries if entry["key"] == plain), None)
 
     def put(self, key: Key, result: Any) -> None:
-        """Keep a result; the file is never half written."""
+        """Keep a result; the file is never half written.
+
+        Raises:
+            NotKept: it cannot be written.
+        """
         self.entries.append({"key": json.loads(json.dumps(key)), "result": result})
         if self.path is None:
             return
@@ -96,4 +104,6 @@ class Measurements:
             partial.write_text(json.dumps({"measurements": self.entries}, indent=1) + "\n", encoding="utf-8")
             partial.replace(self.path)
         except OSError as error:
-            raise UserError(f"{self.path}: results cannot be written ({error.strerror})") from None
+            raise NotKept(
+                f"{self.path}: results cannot be written ({error.strerror}); name another file with --results"
+            ) from None

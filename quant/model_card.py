@@ -39,12 +39,13 @@ class Written:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run directory knows; empty where it does not."""
+    """What a run directory knows of a checkpoint, `step` updates old; empty where it does not."""
 
     config: RunConfig | None = None
     at_the_end: Mapping[str, Any] = field(default_factory=dict)
     evaluated: Mapping[str, Any] = field(default_factory=dict)
     last_row: Mapping[str, Any] = field(default_factory=dict)
+    step: int | None = None
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -55,8 +56,8 @@ def _object(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _last_values(path: Path) -> dict[str, Any]:
-    """The newest value of every key of metrics.jsonl."""
+def _last_values(path: Path, step: int | None) -> dict[str, Any]:
+    """The newest value of every key of metrics.jsonl, up to `step`."""
     values: dict[str, Any] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -67,22 +68,29 @@ def _last_values(path: Path) -> dict[str, Any]:
             row = json.loads(line)
         except ValueError:
             break
-        if isinstance(row, dict):
-            values |= row
+        if not isinstance(row, dict) or (step is not None and row.get("step", 0) > step):
+            break
+        values |= row
     return values
 
 
-def read_run_files(run_dir: Path | None) -> RunFiles:
-    """The files of a run directory that a card needs."""
+def read_run_files(run_dir: Path | None, checkpoint: Path | None = None) -> RunFiles:
+    """The files of a run directory that a card needs; of one checkpoint, if that tells its step, without what was measured on others."""
     if run_dir is None or not (run_dir / "config.yaml").is_file():
         return RunFiles()
     try:
         config = load_config(run_dir / "config.yaml")
     except UserError:
         config = None
-    files = ("evaluation.json", "evaluate.json")
-    end, evaluated = (_object(run_dir / name) for name in files)
-    return RunFiles(config, end, evaluated, _last_values(run_dir / "metrics.jsonl"))
+    progress = None if checkpoint is None else _object(checkpoint / "trainer.json").get("progress")
+    step = progress.get("step") if isinstance(progress, dict) else None
+    end, evaluated = (_object(run_dir / name) for name in ("evaluation.json", "evaluate.json"))
+    if checkpoint is None or not isinstance(step, int):
+        return RunFiles(config, end, evaluated, _last_values(run_dir / "metrics.jsonl", None))
+    end, evaluated = (
+        table if Path(str(table.get("checkpoint"))).name == checkpoint.name else {} for table in (end, evaluated)
+    )
+    return RunFiles(config, end, evaluated, _last_values(run_dir / "metrics.jsonl", step), step)
 
 
 def _rows(found: Mapping[str, Any]) -> list[Row]:
@@ -125,7 +133,13 @@ def _measured(files: RunFiles) -> list[str]:
         tables += ["The benchmarks above are made-up rows: a rehearsal, no judgement.", ""]
     return [
         *lines,
-        *(tables or ["Nothing was measured: run `mesokurt evaluate` on the run directory and export again.", ""]),
+        *(
+            tables
+            or [
+                "Nothing was measured on this checkpoint: run `mesokurt evaluate` on the run directory and export again.",
+                "",
+            ]
+        ),
     ]
 
 
@@ -136,16 +150,19 @@ def _source(source: Source) -> str:
     return "Python's standard library" if source.path is None else Path(source.path).name
 
 
-def _training(config: RunConfig | None) -> list[str]:
+def _training(files: RunFiles) -> list[str]:
+    config = files.config
     if config is None:
         return [
             "The export was made from a folder without its run directory: how it was trained is not known here.",
             "",
         ]
-    tokens = config.train.steps * config.train.global_batch * config.model.context
+    step = config.train.steps if files.step is None else files.step
+    tokens = step * config.train.global_batch * config.model.context
+    planned = "" if step == config.train.steps else f" of {config.train.steps:,}"
     sources = ", ".join(dict.fromkeys(map(_source, config.data.sources)))
     facts = {
-        "steps": f"{config.train.steps:,}",
+        "steps": f"{step:,}{planned}",
         "tokens": f"{tokens:,} ({config.train.global_batch} sequences of {config.model.context} per step)",
         "data": sources,
         "optimizer": f"{config.optim.name}, peak learning rate {config.optim.lr:g}, schedule {config.optim.schedule.name}",
@@ -203,7 +220,7 @@ def model_card(folder: Path, name: str, licence: str, written: Written, files: R
         "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "", f"# {name}", "",
         "A language model pretrained with Mesokurt, whose activations are kept Gaussian so that few bits suffice.", "",
         *_facts({**_network(folder), **size, **written.facts}), "## Load", "", *_loading(written.format),
-        "## Training", "", *_training(files.config), "## Measured", "", *_measured(files), *made,
+        "## Training", "", *_training(files), "## Measured", "", *_measured(files), *made,
         "## Checked on export", "", f"{written.checked}.",
     ]  # fmt: skip
     return "\n".join(parts) + "\n"

@@ -126,7 +126,9 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     }
     if (Path(arguments.checkpoint) / "config.yaml").is_file():  # what model cards show
         Path(arguments.checkpoint, "evaluate.json").write_text(json.dumps(result, indent=1) + "\n")
-    return result, 0
+    asked = [row for row in table if not row.bits.is_full]
+    nothing = bool(asked) and not any(row.measured for row in asked)
+    return result, int(nothing)
 
 
 def _text(arguments: argparse.Namespace, folder: str, window: int) -> Any:

@@ -101,6 +101,20 @@ CONFIG_MISTAKES = [
     ("probes=[router]", "probes.0: probe 'router': MesokurtForCausalLM has no mixture of experts"),
     ("probes=[{name: mask_mass, block: 7}]", "probes.0: probe 'mask_mass': mask_mass: block 7 does not divide"),
     ("optim.options.momentum=high", "optim.name: optimizer 'muon': option momentum = 'high' is not a float"),
+    ("optim.options.momentum=1.0", "optim.name: optimizer 'muon': momentum 1.0: must be at least 0 and below 1"),
+    ("optim.options.ns_steps=0", "optim.name: optimizer 'muon': ns_steps 0: must be at least 1"),
+    (
+        "optim.schedule={name: wsd, decay_fraction: 1.5}",
+        "optim.schedule: schedule 'wsd': decay_fraction 1.5: must be from 0 to 1",
+    ),
+    (
+        "optim.schedule={name: cosine, final: -0.1}",
+        "optim.schedule: schedule 'cosine': final -0.1: must be from 0 to 1",
+    ),
+    (
+        "model.initializer={name: scaled_normal, std: 0.0}",
+        "model.initializer: initializer 'scaled_normal': std 0.0: must be above 0",
+    ),
     ("optim.options.nestrov=true", "optim.name: optimizer 'muon' has no option 'nestrov'; options: nesterov"),
     ("model.norm=no_such_package:Norm", "model.norm: norm 'no_such_package:Norm' cannot be loaded"),
     ("model.norm=json:JSONDecoder", "is not a class derived from torch.nn.Module"),
@@ -141,6 +155,18 @@ def test_every_config_mistake_names_the_file(tmp_path: Path, refused: Callable[.
     assert "no such config file" in refused("pretrain", str(tmp_path / "absent.yaml"), code=2)
     assert "name at least one file" in refused("config", "check", code=2)
     assert "--ranks 0" in refused("config", "check", "quickstart", "--ranks", "0", code=2)
+
+
+def test_ranks_that_cannot_share_the_run_are_told_offline(refused: Callable[..., str]) -> None:
+    yaml = "configs/quickstart.yaml"
+    assert f"{yaml}: train.global_batch" in refused("config", "check", yaml, "--ranks", "7", code=2)
+    experts = ("configs/moe-quickstart.yaml", "parallel.expert=4", "train.global_batch=48")
+    assert "parallel.expert 4 does not divide the 6 ranks" in refused(
+        "config", "check", *experts, "--ranks", "6", code=2
+    )
+    sequence = (yaml, "parallel.sequence=2", "train.global_batch=48")
+    assert "parallel.sequence 2 does not divide" in refused("config", "check", *sequence, "--ranks", "3", code=2)
+    assert main(["config", "check", yaml, "train.global_batch=24"]) == 0  # no number of ranks was named
 
 
 def corpus_of(data: bytes | None) -> Callable[[Path], object]:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from launch.cli import main
 from modeling.auto import load_whole
 from quant.synthetic_tasks import write_suite
+from tests.quant.tiny import tiny_llama
 from tests.tiny_run import tiny_yaml
 
 
@@ -81,6 +82,19 @@ def test_benchmarks_from_files_stand_beside_the_held_out_loss_and_are_kept(
     assert lines[0].split()[-4:] == ["SIQA", "TriviaQA", "WinoGrande", "mean"]
     assert lines[1].split()[:2] == ["16-16-16", "-"]
     assert lines[-1] == "gsm8k: skipped: generates 256 tokens, the model's context is 64"
+
+
+def test_an_evaluation_that_measures_nothing_of_what_was_asked_fails(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    vocab = len(AutoTokenizer.from_pretrained(run / "checkpoints" / "step-00000002"))
+    tiny_llama(vocab_size=vocab, dtype=torch.float32, intermediate_size=100).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(run / "checkpoints" / "step-00000002").save_pretrained(tmp_path)
+    text = str(run.parent / "corpus" / "001.txt")
+    words = ["evaluate", str(tmp_path), "--text", text, "--window", "16", "--bits", "4-4-4", "--method", "rtn+hadamard"]
+    assert main(words) == 1
+    assert "4-4-4 rtn+hadamard: skipped: model.layers.0.mlp.down_proj" in capfd.readouterr().out
+    assert main([*words, "rtn"]) == 0  # one of them is there
 
 
 @pytest.mark.parametrize(

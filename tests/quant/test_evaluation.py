@@ -152,6 +152,13 @@ def test_calibration_that_is_missing_is_one_line(tokenizer: PreTrainedTokenizerB
         evaluate(without, SETTINGS, ["gptq"], Measurements(None))
 
 
+def test_results_that_cannot_be_kept_end_the_evaluation(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    kept = Measurements(tmp_path / "file" / "results.json")
+    with pytest.raises(UserError, match=r"results cannot be written \(.*\); name another file with --results"):
+        evaluate(Subject(model(), tokenizer, Text("tokens", tokens(2, 9), 2.5)), SETTINGS, ["rtn"], kept)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"measurements": [1]}', '{"measurements": [{"key": 3}]}', "\ufeff"])
 def test_a_broken_results_file_is_one_line_and_stays(content: str, tmp_path: Path) -> None:
     file = tmp_path / "results.json"

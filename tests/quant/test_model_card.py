@@ -61,6 +61,32 @@ def test_tables_are_those_of_the_runs_files(folder: Path, tmp_path: Path) -> Non
     assert str(tmp_path) not in card
 
 
+def test_an_earlier_checkpoint_has_its_own_step_and_nothing_that_was_measured_on_the_last(
+    folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    checkpoints = {step: run / "checkpoints" / f"step-{step}" for step in (2, 6)}
+    for step, checkpoint in checkpoints.items():
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer.json").write_text(json.dumps({"progress": {"step": step}}))
+    (run / "config.yaml").write_text(tiny_yaml(tmp_path, corpus=False).read_text())
+    (run / "evaluation.json").write_text(json.dumps({"ladder": LADDER, "checkpoint": "step-6"}))
+    (run / "evaluate.json").write_text(json.dumps({"ladder": LADDER, "checkpoint": str(checkpoints[2])}))
+    (run / "metrics.jsonl").write_text('{"step": 2, "kurtosis/resid": 9.0}\n{"step": 6, "kurtosis/resid": 0.5}\n')
+    first, last = (
+        model_card(folder, "tiny", "unknown", WRITTEN, read_run_files(run, checkpoints[step])) for step in (2, 6)
+    )
+    assert "| steps | 2 of 6 |" in first
+    assert "| tokens | 256 (4 sequences of 32 per step) |" in first
+    assert "at the last probe: 9.00" in first
+    assert "at the end of training" not in first
+    assert "`mesokurt evaluate`" in first
+    assert "| steps | 6 |" in last
+    assert "at the last probe: 0.50" in last
+    assert "at the end of training" in last
+    assert "`mesokurt evaluate` on" not in last
+
+
 def test_without_a_run_the_card_says_what_is_not_known(folder: Path, tmp_path: Path) -> None:
     card = model_card(folder, "x", "unknown", WRITTEN, read_run_files(tmp_path))
     assert read_run_files(None) == RunFiles()

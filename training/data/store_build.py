@@ -187,6 +187,28 @@ def _mixture(
     )
 
 
+def _tell_shares(state: State, sources: Sequence[Source]) -> None:
+    """One warning where sources ran out before others, so that the weights did not decide what was read."""
+    weights = [source.weight for source in sources]
+    if len(set(weights)) == 1:  # nobody asked for shares: all of everything is fine
+        return
+    tokens = [drawn.tokens for drawn in state.drawn]
+    found, wanted = ([part / sum(parts) for part in parts] for parts in (tokens, weights))
+    if max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 0.02:
+        return
+    split = {name: summary.tokens for name, summary in state.splits.items()}
+    longest = min(count / share for count, share in zip(tokens, wanted, strict=True))
+    most = int(longest * split["train"] / sum(split.values()))
+    parts = (
+        f"{source_name(source)} {a:.0%} (wanted {b:.0%})" for source, a, b in zip(sources, found, wanted, strict=True)
+    )
+    logger.warning(
+        "data.sources: some ran out, and the shares of tokens are not the weights': %s; data.max_tokens of about %d keeps them",
+        ", ".join(parts),
+        most,
+    )
+
+
 def _demand_rows(state: State, spec: StoreSpec) -> None:
     cures = {
         "train": "lower model.context or add text",
@@ -233,5 +255,6 @@ def build_store(
                     break
     builder.commit()
     _demand_rows(state, spec)
+    _tell_shares(state, sources)
     write_whole(folder / MANIFEST_FILE, json.dumps(builder.manifest(sources), indent=1).encode())
     (folder / STATE_FILE).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from modeling.hooks import HookError
 from training.optim.exchange import Exchange, assign_owners
 from training.optim.newton_schulz import Coefficients, Form, newton_schulz, newton_schulz_flops
 from training.optim.routed import AdamSettings, RoutedOptimizer
@@ -60,11 +61,24 @@ class Muon(RoutedOptimizer):
         embeddings: Literal["adam", "muon"] = "adam",
     ) -> None:
         super().__init__(routes, lr, weight_decay, adam)
+        self.check_options(momentum, ns_steps)
         self.momentum, self.nesterov = momentum, nesterov
         self.coefficients: Coefficients = coefficients
         self.ns_steps, self.ns_dtype = ns_steps, NS_DTYPES[ns_dtype]
         self.ns_form: Form = ns_form
         self.updates["muon"] = self._muon
+
+    @classmethod
+    def check_options(cls, momentum: float = 0.95, ns_steps: int = 5, **_: object) -> None:
+        """Refuse what would not be Muon.
+
+        Raises:
+            HookError: names the option.
+        """
+        if not 0.0 <= momentum < 1.0:
+            raise HookError(f"momentum {momentum}: must be at least 0 and below 1")
+        if ns_steps < 1:
+            raise HookError(f"ns_steps {ns_steps}: must be at least 1")
 
     @classmethod
     def algorithms(cls, embeddings: str = "adam", **options: Any) -> Mapping[Role, str]:

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import math
 
+from modeling.hooks import HookError
+
+
+def _check_shares(**shares: float) -> None:
+    for name, share in shares.items():
+        if not 0.0 <= share <= 1.0:
+            raise HookError(f"{name} {share}: must be from 0 to 1")
+
 
 class Schedule:
     """Linear warm-up to 1 over `warmup` steps, then what the subclass says. Step 0 is the first update."""
@@ -36,8 +44,18 @@ class WSD(Schedule):
 
     def __init__(self, steps: int, warmup: int, decay_fraction: float = 0.2, final: float = 0.0) -> None:
         super().__init__(steps, warmup)
+        self.check_options(decay_fraction, final)
         self.decay_steps = max(1, round(steps * decay_fraction))
         self.final = final
+
+    @classmethod
+    def check_options(cls, decay_fraction: float = 0.2, final: float = 0.0) -> None:
+        """Refuse factors outside the unit interval.
+
+        Raises:
+            HookError: names the option.
+        """
+        _check_shares(decay_fraction=decay_fraction, final=final)
 
     def after_warmup(self, step: int) -> float:
         """1, then down a line that would reach `final` at `steps`."""
@@ -52,7 +70,17 @@ class Cosine(Schedule):
 
     def __init__(self, steps: int, warmup: int, final: float = 0.1) -> None:
         super().__init__(steps, warmup)
+        self.check_options(final)
         self.final = final
+
+    @classmethod
+    def check_options(cls, final: float = 0.1) -> None:
+        """Refuse a factor outside the unit interval.
+
+        Raises:
+            HookError: names the option.
+        """
+        _check_shares(final=final)
 
     def after_warmup(self, step: int) -> float:
         """Cosine factor."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -72,6 +74,30 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, sources: list[Source])
     folder = tmp_path_factory.mktemp("whole") / "store"
     build(folder, sources)
     return folder
+
+
+@pytest.mark.parametrize(
+    ("weights", "limit", "told"), [((3, 1), None, True), ((1, 1), None, False), ((3, 1), 9000, False)]
+)
+def test_weights_that_did_not_decide_are_told(
+    weights: tuple[float, float], limit: int | None, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two sources of equal size, all of both: halves, whatever was wanted. The limit that the warning names keeps the weights."""
+    sources = [
+        write_jsonl(tmp_path / f"{name}.jsonl", small_documents(60, seed=seed)).model_copy(
+            update={"weight": float(weight)}
+        )
+        for seed, (name, weight) in enumerate(zip("ab", weights, strict=True))
+    ]
+    spec = dataclasses.replace(small_spec(small_tokenizer()), max_tokens=limit)
+    build(tmp_path / "store", sources, spec)
+    assert ("the shares of tokens are not the weights'" in caplog.text) == told
+    if told:
+        assert re.search(r"a\.jsonl\S* (4[6-9]|5[0-4])% \(wanted 75%\)", caplog.text), caplog.text
+        most = int(caplog.text.rsplit("data.max_tokens of about ", 1)[1].split()[0])
+        caplog.clear()
+        build(tmp_path / "less", sources, dataclasses.replace(spec, max_tokens=int(0.98 * most)))
+        assert "wanted" not in caplog.text
 
 
 def test_rows_are_the_documents_with_an_end_after_each_and_every_token_is_predicted_once(tmp_path: Path) -> None:
