@@ -24,6 +24,7 @@ from training.rendezvous import RankEnvironment
 from training.signals import RESTART_EXIT_CODE
 
 VERDICT = "verdict"
+POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,16 @@ class Heartbeat:
         """Let the other ranks hear the verdict before this one exits: rank 0, whose process holds the store, or every rank."""
         if self.rank == 0 or every_rank:
             time.sleep(self._seconds_to_hear)
+
+    def all_come(self, place: str, timeout_s: float) -> bool:
+        """Whether every rank calls this with the same place before the time is over; no collective."""
+        end, come = time.monotonic() + timeout_s, 0
+        with contextlib.suppress(RuntimeError):  # the store went down with rank 0
+            come = self.store.add(f"come/{place}", 1)
+            while come < self.world_size and time.monotonic() < end:
+                time.sleep(POLL_S)
+                come = self.store.add(f"come/{place}", 0)
+        return come == self.world_size
 
     def end(self) -> None:
         """Stop beating; a collective, after which no rank misses another."""

@@ -27,7 +27,7 @@ from training.progress import ProgressBar
 from training.run_directory import RunDirectory
 from training.signals import StopSignal
 from training.step_hooks import StepHooks
-from training.watchdog import Watchdog
+from training.watchdog import Watchdog, is_peer_loss
 
 
 @dataclass
@@ -129,9 +129,13 @@ class Trainer:
             row |= heldout_loss(self.engine, self.store, self.config.eval.rows, self.config.train.micro_batch)
         if quantized:
             row |= self.quantized.measure()
-        for probe, every in self.probes:
-            if self.due(step, every):
-                row |= self.observe(probe)
+        try:
+            for probe, every in self.probes:
+                if self.due(step, every):
+                    row |= self.observe(probe)
+        except Exception as error:
+            self.keep_step(row, error)
+            raise
         return row
 
     def training_row(self, norm: float) -> Row:
@@ -179,6 +183,15 @@ class Trainer:
         """Write a checkpoint of this moment."""
         progress = self.guard.noted(self.progress)
         self.writer.save(replace(progress, unlogged=self.losses.reduced(), unlogged_steps=self.losses.steps))
+
+    def keep_step(self, row: Row, error: Exception) -> None:
+        """Log and save this step before a probe's error ends the run, where all ranks have the error: a diagnostic costs no training."""
+        if is_peer_loss(error) or self.guard.streak or not self.watchdog.all_come(f"step {self.progress.step}"):
+            return
+        self.write(row)
+        self.save()
+        self.writer.wait()
+        self.bar.note(f"step {self.progress.step}: a probe failed; the checkpoint of this step is kept")
 
     def new_guard(self) -> LossGuard:
         """The guard as it stood at the current position."""

@@ -30,6 +30,7 @@ from training.signals import RESTART_EXIT_CODE
 
 TICK_S = 0.5
 SECONDS_TO_DUMP = 2.0
+SECONDS_TO_COME = 5.0
 # What gloo and NCCL say, in plain RuntimeErrors, when a peer does not answer.
 PEER_LOSS = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Timed out waiting|Broken pipe|Socket Timeout")
 
@@ -69,6 +70,10 @@ class Watchdog:
         """Start to watch the other ranks, through a store that all share."""
         self.heartbeat = Heartbeat(store, self.ranks, float(self.settings.heartbeat_seconds))
         self.progress()
+
+    def all_come(self, place: str) -> bool:
+        """Whether every rank calls this with the same place within a short while: what an error leaves to do, they do together or not."""
+        return self.heartbeat is None or self.heartbeat.all_come(place, SECONDS_TO_COME)
 
     def progress(self) -> None:
         """Something was finished: a step, an evaluation, a checkpoint."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
+from analysis.probes.base import Found, Probe
 from configs.errors import UserError
 from training.data.samplers import Shuffled
 from training.heartbeat import Heartbeat
@@ -52,6 +54,24 @@ class Fails(_FromThirdStep):
     def go_wrong(self) -> None:
         """Raise what a user can mend."""
         raise UserError("the third batch is not edible")
+
+
+class FailsToMeasure(Probe):
+    """A probe with a mistake in it, on every rank or on one."""
+
+    def __init__(self, only: int | None = None) -> None:
+        super().__init__()
+        self.only = only
+
+    def tap(self, model: nn.Module) -> AbstractContextManager[None]:
+        """There is nothing that it does not find."""
+        return nullcontext()
+
+    def compute(self) -> Found:
+        """Raise."""
+        if self.only is None or os.environ.get("RANK") == str(self.only):
+            raise ValueError("shapes that never fit")
+        return {}
 
 
 class DiesOnTheWayOut(NextToken):

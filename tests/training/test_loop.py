@@ -49,6 +49,16 @@ def test_it_learns_from_a_uniform_start(plain: Path) -> None:
     assert losses[-1] < losses[0] - 0.8
 
 
+def test_a_probe_that_fails_costs_no_step(folder: Path, plain: Path) -> None:
+    """The run ends with the probe's error, behind the checkpoint and the row of its step; started again, it is complete."""
+    words = ("probes=[tests.training.misbehaving:FailsToMeasure]",)
+    with pytest.raises(ValueError, match="shapes that never fit"):
+        train_in(folder, "failing", *words)
+    assert same_tensors(final_tensors(folder / "failing"), final_tensors(plain))
+    assert rows(folder / "failing") == rows(plain)
+    assert train_in(folder, "failing", *words) == folder / "failing"
+
+
 def test_rates_follow_the_schedule(plain: Path) -> None:
     """Warm-up of 2 steps to 1e-2, then the last fifth of 6 steps (one step) on the line down to 0 at step 6."""
     assert [row["lr"] for row in rows(plain)] == pytest.approx([5e-3, 1e-2, 1e-2, 1e-2, 1e-2, 1e-2])

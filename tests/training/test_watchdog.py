@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from benchmarks.warm_ranks import start_ranks
+from modeling.folders import checkpoints
 from tests.launch.project import wait_until
 from tests.tiny_run import tiny_yaml
 from training.metrics import read_metrics
@@ -135,6 +136,16 @@ def test_a_mistake_on_one_rank_is_the_exit_code_of_all(folder: Path) -> None:
     assert run.exit_codes() == [1, 1], run.log.read_text()
     assert "the third batch is not edible" in run.log.read_text()
     assert "Traceback" not in run.log.read_text()
+
+
+@pytest.mark.parametrize(("option", "kept"), [("", ["step-00000002"]), (", only: 1", [])])
+def test_a_probe_that_fails_on_every_rank_is_survived_by_its_step(option: str, kept: list[str], folder: Path) -> None:
+    """On one rank alone it ends the run as any error does: a checkpoint is everybody's work."""
+    probe = f"probes=[{{name: tests.training.misbehaving:FailsToMeasure, every: 2{option}}}]"
+    run = Run(folder, f"probe-{len(kept)}", probe, "parallel.zero_stage=3")
+    assert run.exit_codes() == [1, 1], run.log.read_text()
+    assert "shapes that never fit" in run.log.read_text()
+    assert [path.name for path in checkpoints(run.dir)] == kept
 
 
 def test_a_rank_with_another_config_is_named_before_anything_is_built(folder: Path) -> None:
