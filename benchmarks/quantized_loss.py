@@ -73,7 +73,7 @@ def measure(name: str) -> dict[str, Any]:
             for number in range(ROUNDS):
                 first = 1 + number * STEPS_PER_ROUND
                 steps += [seconds(lambda index=index: step(index)) for index in range(first, first + STEPS_PER_ROUND)]  # type: ignore[misc]
-                full.append(seconds(lambda: heldout_loss(engine, store, config.eval.rows, t.micro_batch)))
+                full.append(seconds(lambda: heldout_loss(engine, store, config)))
                 few.append(seconds(lambda: row.update(quantized.measure())))
     assert not quantized.obstacle
     assert config.eval.quantized_every is not None

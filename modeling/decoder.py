@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .blocks import Auxiliary
 from .config import MesokurtConfig
+from .documents import document_mask
 from .hooks import KINDS, build
 from .initializers import fill_parameters
 from .linear import OutputHead
@@ -33,13 +34,6 @@ def merge_auxiliary(per_layer: list[Auxiliary]) -> Auxiliary:
     names = {name: None for layer in per_layer for name in layer}
     gathered = {name: torch.stack([layer[name] for layer in per_layer if name in layer]) for name in names}
     return {name: values.sum(0) if name.startswith("loss/") else values for name, values in gathered.items()}
-
-
-def document_mask(document_ids: Tensor) -> Tensor:
-    """Boolean `[B, 1, T, T]`: position t may see s <= t of the same document. `document_ids` is `[B, T]`."""
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    length = document_ids.shape[-1]
-    return same & torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from .ffn_gated import GatedFFN
 from .ffn_mlp import MLP
 from .hooks import INNER_KINDS, KINDS, HookError, build, check, inner_spec
 from .router_residual import SharedGate
-from .routers import Routing
+from .routers import Router, Routing
 
 MIN_CAPACITY = 4  # slots per expert, so that the few tokens of a decoding step are not dropped (DeepSpeed's default)
 
@@ -32,6 +32,13 @@ def within_capacity(routing: Routing, count: int, capacity: int) -> Tensor:
     place = torch.arange(len(order), device=order.device) - starts[grouped]
     fits = torch.empty_like(used.flatten()).scatter_(0, order, (place < capacity) & (grouped < count))
     return fits.view_as(used)
+
+
+def router_on_paper(spec: dict[str, Any], experts: int, active: int) -> Router:
+    """A router without values, for its settings."""
+    with torch.device("meta"):
+        router: Router = build(INNER_KINDS["router"], spec, width=1, experts=experts, active=active)
+    return router
 
 
 def unfit_activation(activation: dict[str, Any]) -> str | None:
@@ -128,15 +135,26 @@ class MoE(nn.Module):
             SharedGate(1, shared_experts)
         spec = inner_spec(router)
         try:
-            with torch.device("meta"):  # a router checks its own values
-                build(INNER_KINDS["router"], spec, width=1, experts=experts, active=active)
+            router_on_paper(spec, experts, active)  # a router checks its own values
         except HookError as error:
             raise HookError(f"router {spec['name']!r}: {error}") from None
 
     @classmethod
     def check_run(cls, config: Any) -> str | None:
         """Why a run's config does not go with this layer."""
-        activation = config.model.activation
+        activation, options = config.model.activation, dict(config.model.ffn.options)
+        if config.parallel.sequence > 1:  # a forward then sees a part of its rows
+            if options.get("capacity_factor") is not None:
+                return (
+                    f"drops other tokens with parallel.sequence {config.parallel.sequence}; leave out capacity_factor"
+                )
+            spec = inner_spec(options.get("router", "topk"))
+            router = router_on_paper(spec, options.get("experts", 8), options.get("active", 2))
+            if router.balance and not router.over_global_batch:
+                return (
+                    f"balances parts of rows with parallel.sequence {config.parallel.sequence}, which is another loss; "
+                    "set the router's balance_over to global_batch, or its balance to 0 (bias_rate then balances)"
+                )
         return unfit_activation({"name": activation.name, "options": activation.options})
 
     @property

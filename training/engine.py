@@ -170,6 +170,11 @@ class Engine:
         dist.all_reduce(values)
         return values / self.world_size
 
+    @property
+    def lockstep(self) -> bool:
+        """Whether a forward is everybody's work: parameters are gathered for it, or tokens travel to experts."""
+        return self.world_size > 1 and (self.stage == 3 or self.experts is not None)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank: decisions to stop are taken together."""
         return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
@@ -281,7 +286,7 @@ class Engine:
             self.zero.weights_changed()
 
     def load_states(self, keys: Collection[str], read: Callable[[str], Tensor]) -> None:
-        """Set optimizer states from whole ones, keyed as by `whole_tensors`; each rank keeps its part.
+        """Set optimizer states from whole ones, keyed as by `whole_tensors`; each rank keeps its part. What is not stored is as at first.
 
         Args:
             keys: `KIND/NAME` of all that can be read (`momentum`, `exp_avg`, ... of a parameter's shape; `step`, a scalar).
@@ -290,6 +295,7 @@ class Engine:
         kinds = dict.fromkeys(key.partition("/")[0] for key in sorted(keys))
         for optimizer, layout, tensor in self._shards():
             state, names = optimizer.state[tensor], layout.parameters_in(tensor)
+            state.clear()
             for kind in kinds:
                 stored = [name for name in names if f"{kind}/{name}" in keys]
                 if not stored:

@@ -15,6 +15,7 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 from modeling.auto import register
 from modeling.decoder import MesokurtForCausalLM
+from modeling.documents import documents_apart
 from modeling.folders import resolve
 from quant import exports
 from quant.bits import Bits
@@ -37,9 +38,10 @@ def evaluate(config: RunConfig, store: TokenStore, checkpoint: Path) -> dict[str
     settings = [Bits.parse(text) for text in config.eval.bits]
     per_token = store.bytes_per_token("held_out")
     calibration = calibration_rows(store) if any(method_of(name).calibrated for name in config.eval.methods) else None
-    rungs = ladder(model, rows, settings, config.eval.methods, bytes_per_token=per_token, calibration=calibration)
+    with documents_apart(model, store.eod_id if config.data.document_mask else None):
+        rungs = ladder(model, rows, settings, config.eval.methods, bytes_per_token=per_token, calibration=calibration)
+        loss = perplexity_of_rows(model, rows).nats_per_token
     print(format_ladder(rungs))
-    loss = perplexity_of_rows(model, rows).nats_per_token
     result = {
         "checkpoint": checkpoint.name,
         "rows": len(rows),

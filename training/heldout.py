@@ -11,6 +11,7 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import RunConfig
+from modeling.documents import document_ids
 from quant.bits import Bits
 from quant.fake_quant import rounded_states
 from quant.roles import find_sites
@@ -21,12 +22,12 @@ from training.objectives.next_token import NextToken
 
 
 @torch.no_grad()
-def heldout_nats(engine: Engine, store: TokenStore, rows: int, micro_batch: int) -> float:
-    """Mean loss in nats per token over the first `rows` held-out rows, shared among ranks.
+def heldout_nats(engine: Engine, store: TokenStore, config: RunConfig) -> float:
+    """Mean loss in nats per token over the first `eval.rows` held-out rows, shared among ranks; read as training reads.
 
     Every rank runs the same number of forwards (ZeRO-3 gathers parameters in lockstep); rows that fill up a batch have weight 0.
     """
-    count = min(rows, store.num_rows("held_out"))
+    count, micro_batch = min(config.eval.rows, store.num_rows("held_out")), config.train.micro_batch
     per_rank = math.ceil(count / engine.world_size)
     totals = torch.zeros(2, dtype=torch.float64)
     was_training = engine.model.training
@@ -36,7 +37,10 @@ def heldout_nats(engine: Engine, store: TokenStore, rows: int, micro_batch: int)
             wanted = [engine.rank + engine.world_size * i for i in range(begin, min(begin + micro_batch, per_rank))]
             inside = [index for index in wanted if index < count]
             tokens = store.rows("held_out", np.array(inside or [0])).to(engine.device)
-            nats = float(NextToken()(engine.model, {"tokens": tokens}).parts["loss"])
+            batch = {"tokens": tokens}
+            if config.data.document_mask:
+                batch["document_ids"] = document_ids(tokens[:, :-1], store.eod_id)
+            nats = float(NextToken()(engine.model, batch).parts["loss"])
             totals += torch.tensor([nats * len(inside), len(inside)], dtype=torch.float64)
     finally:
         engine.model.train(was_training)
@@ -44,9 +48,9 @@ def heldout_nats(engine: Engine, store: TokenStore, rows: int, micro_batch: int)
     return float(summed[0] / summed[1])
 
 
-def heldout_loss(engine: Engine, store: TokenStore, rows: int, micro_batch: int) -> dict[str, float]:
+def heldout_loss(engine: Engine, store: TokenStore, config: RunConfig) -> dict[str, float]:
     """`eval/loss` (nats per token) and `eval/bits_per_byte`."""
-    loss = heldout_nats(engine, store, rows, micro_batch)
+    loss = heldout_nats(engine, store, config)
     return {"eval/loss": loss, "eval/bits_per_byte": loss / math.log(2) / store.bytes_per_token("held_out")}
 
 
@@ -57,8 +61,7 @@ class QuantizedLoss:
     """
 
     def __init__(self, config: RunConfig, engine: Engine, store: TokenStore) -> None:
-        self.engine, self.store = engine, store
-        self.rows, self.micro_batch = config.eval.rows, config.train.micro_batch
+        self.engine, self.store, self.config = engine, store, config
         self.settings: Sequence[Bits] = [Bits.parse(text) for text in config.eval.quantized_bits]
         self.obstacle = ""
         if config.eval.quantized_every is None:
@@ -87,5 +90,5 @@ class QuantizedLoss:
         found = {}
         for bits in self.settings:
             with self._quantized(bits):
-                found[f"eval/loss@{bits}"] = heldout_nats(self.engine, self.store, self.rows, self.micro_batch)
+                found[f"eval/loss@{bits}"] = heldout_nats(self.engine, self.store, self.config)
         return found

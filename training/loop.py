@@ -13,9 +13,10 @@ import torch
 from analysis.probes.base import Probe
 from configs.errors import UserError
 from configs.schema import RunConfig
+from modeling.documents import document_ids, documents_apart
 from training.checkpoint import Progress, load_training_state, load_weights
 from training.checkpoint_writer import CheckpointWriter
-from training.data.loader import Loader, document_ids
+from training.data.loader import Loader
 from training.data.store import TokenStore
 from training.engine import Engine
 from training.guard import LossGuard, newest_good
@@ -28,6 +29,16 @@ from training.run_directory import RunDirectory
 from training.signals import StopSignal
 from training.step_hooks import StepHooks
 from training.watchdog import Watchdog, is_peer_loss
+
+
+def probed_rows(count: int, rank: int, world_size: int, lockstep: bool) -> list[int]:
+    """This rank's share of the first `count` rows, one at least.
+
+    In lockstep every rank has as many, and rows that do not divide are left out; of too few rows some are taken by several ranks.
+    """
+    if count < world_size:
+        return [rank % count]
+    return list(range(rank, count - count % world_size if lockstep else count, world_size))
 
 
 @dataclass
@@ -126,7 +137,7 @@ class Trainer:
             row |= self.training_row(norm)
         quantized = self.config.eval.quantized_every is not None and step % self.config.eval.quantized_every == 0
         if quantized or self.due(step, self.config.eval.every):
-            row |= heldout_loss(self.engine, self.store, self.config.eval.rows, self.config.train.micro_batch)
+            row |= heldout_loss(self.engine, self.store, self.config)
         if quantized:
             row |= self.quantized.measure()
         try:
@@ -159,10 +170,11 @@ class Trainer:
         """One probe on this rank's share of fixed held-out rows, reduced over ranks; training is left as it was."""
         engine = self.engine
         count = min(self.config.eval.rows, self.store.num_rows("held_out"))
-        count -= count % engine.world_size if count > engine.world_size else 0  # ZeRO-3 forwards in lockstep
-        rows = np.arange(engine.rank, count, engine.world_size) if count > engine.rank else np.zeros(1, dtype=np.int64)
+        rows = np.array(probed_rows(count, engine.rank, engine.world_size, engine.lockstep))
         tokens = self.store.rows("held_out", rows)[:, :-1].to(engine.device)
-        with torch.compiler.set_stance("force_eager"):  # compiled code would not see the probe's hooks
+        eod_id = self.store.eod_id if self.config.data.document_mask else None
+        # Compiled code would not see the probe's hooks.
+        with torch.compiler.set_stance("force_eager"), documents_apart(engine.module, eod_id):
             return probe.measure(engine.module, list(tokens.split(self.config.train.micro_batch)))
 
     def write(self, row: Row) -> None:

@@ -1,4 +1,4 @@
-"""The first thing that ranks do together: find each other at the launcher's address, and share a store there.
+"""The first thing that ranks do together, and the last: find each other at the launcher's address, share a store there, part.
 
 torch's own rendezvous waits inside C++ code, where no signal is heard and a rank that died on the way is missed for the
 length of the collective timeout. Here each rank polls, so that a launcher's SIGTERM ends it, and beats
@@ -7,10 +7,13 @@ length of the collective timeout. Here each rank polls, so that a launcher's SIG
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -20,9 +23,10 @@ from configs.schema import RunConfig
 from training.rendezvous import RankEnvironment
 from training.signals import REQUEUE_EXIT_CODE, StopSignal
 
-SHARED_SECTIONS = {"model", "optim", "train", "parallel"}  # paths in other sections may differ from host to host
+DISMISSED = "dismissed"
 ATTEMPT_S = 3.0
 POLL_S = 0.1
+DISMISSAL_POLL_S = 0.5
 
 
 def meet(ranks: RankEnvironment, timeout_seconds: float, stop: StopSignal) -> dist.Store:
@@ -77,19 +81,48 @@ def _go_on(end: float, stop: StopSignal, state: str) -> None:
 
 
 def check_same_config(config: RunConfig) -> None:
-    """Ranks with different settings would wait for each other in different collectives; a collective itself.
+    """Ranks with different settings would wait for each other in different collectives, or train on different data; a collective itself.
 
     Raises:
-        UserError: on every rank, when some were given another model, optim, train or parallel section than rank 0.
+        UserError: on every rank, when some were given another config than rank 0; paths may differ from host to host.
     """
     if not dist.is_initialized():
         return
-    mine = hashlib.sha256(config.model_dump_json(include=SHARED_SECTIONS).encode()).hexdigest()
-    digests = [""] * dist.get_world_size()
+    mine = {
+        name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in shared_sections(config).items()
+    }
+    digests: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(digests, mine)
     others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
+        sections = [name for name in mine if any(digest[name] != digests[0][name] for digest in digests)]
         raise UserError(
-            f"rank {', '.join(others)}: model, optim, train or parallel differs from rank 0's; start every rank with the same config",
+            f"rank {', '.join(others)}: {', '.join(sections)} differs from rank 0's; start every rank with the same config",
             exit_code=2,
         )
+
+
+def shared_sections(config: RunConfig) -> dict[str, Any]:
+    """What every rank of a run must have been told alike, by section: all but places in the file system."""
+    sections: dict[str, Any] = config.model_dump(mode="json")
+    places = [(sections["run"], "dir"), (sections["data"], "store"), (sections["data"]["tokenizer"], "path")]
+    places += [(source, "path") for source in sections["data"]["sources"] if source["kind"] != "hub"]
+    for section, key in places:
+        del section[key]
+    return sections
+
+
+def dismiss(store: dist.Store) -> None:
+    """Rank 0 has done what it does alone: the others may go."""
+    with contextlib.suppress(RuntimeError):  # the store of torchrun's agent may have gone first
+        store.set(DISMISSED, "")
+
+
+def wait_until_dismissed(store: dist.Store, stop: StopSignal) -> None:
+    """Stay until rank 0 is done or gone, or a stop is requested.
+
+    A launcher may end a job some time after its first rank has left (`srun --wait`), and rank 0 evaluates and exports alone.
+    """
+    with contextlib.suppress(RuntimeError):  # rank 0's process, which holds the store, has ended
+        while not stop.requested and not store.check([DISMISSED]):
+            time.sleep(DISMISSAL_POLL_S)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import set_seed
 
 from configs.errors import UserError, run_or_exit
@@ -47,7 +48,7 @@ from training.expert_parallel import check_world
 from training.finish import finish
 from training.hooks import OBJECTIVE, SAMPLER
 from training.loop import Trainer
-from training.meeting import check_same_config, meet
+from training.meeting import check_same_config, dismiss, meet, wait_until_dismissed
 from training.metrics import MetricsLog
 from training.optim.routing import receipt, whole_shape
 from training.progress import ProgressBar
@@ -84,27 +85,42 @@ def pretrain(config: RunConfig, stop: StopSignal | None = None) -> Path:
 
     stop = stop or StopSignal()
     with Watchdog(run_dir.path, ranks, config.parallel) as watchdog:
-        engine, progress = build_engine(config, ranks, store.eod_id, run_dir, watchdog, stop)
+        meeting = meet(ranks, config.parallel.timeout_seconds, stop) if ranks.world_size > 1 else None
+        if meeting is not None:
+            watchdog.connect(meeting)
+        engine, progress = build_engine(config, ranks, store.eod_id, run_dir, meeting)
         if progress.step < config.train.steps:
             progress = train(config, engine, store, run_dir, progress, stop, watchdog)
     engine.close()
-    if main and progress.step == config.train.steps:
-        finish(config, store)
+    if progress.step == config.train.steps:
+        finish_together(config, store, main, meeting, stop)
     return run_dir.path
 
 
+def finish_together(
+    config: RunConfig, store: TokenStore, main: bool, meeting: dist.Store | None, stop: StopSignal
+) -> None:
+    """Rank 0 evaluates, exports and reports; the others stay as long."""
+    if not main:
+        assert meeting is not None, "a rank beside rank 0 has met it"
+        wait_until_dismissed(meeting, stop)
+        return
+    try:
+        finish(config, store)
+    finally:
+        if meeting is not None:
+            dismiss(meeting)
+
+
 def build_engine(
-    config: RunConfig, ranks: RankEnvironment, eod_id: int, run_dir: RunDirectory, watchdog: Watchdog, stop: StopSignal
+    config: RunConfig, ranks: RankEnvironment, eod_id: int, run_dir: RunDirectory, meeting: dist.Store | None
 ) -> tuple[Engine, Progress]:
-    """Bring the ranks together and build the network, filled from the newest valid checkpoint if there is one.
+    """Open the process group of ranks that have met and build the network, filled from the newest valid checkpoint if there is one.
 
     Raises:
         UserError: the checkpoint does not fit the config, or the ranks see different ones of either.
     """
     main = ranks.rank == 0
-    meeting = meet(ranks, config.parallel.timeout_seconds, stop) if ranks.world_size > 1 else None
-    if meeting is not None:
-        watchdog.connect(meeting)
     accelerator = start(config, ranks, meeting)
     check_same_config(config)
     model = build_model(config, eod_id, partition(config, ranks))

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import resource
 import subprocess
 from collections.abc import Callable, Iterator
@@ -101,6 +102,14 @@ CONFIG_MISTAKES = [
     ("probes=[router]", "probes.0: probe 'router': MesokurtForCausalLM has no mixture of experts"),
     ("probes=[{name: mask_mass, block: 7}]", "probes.0: probe 'mask_mass': mask_mass: block 7 does not divide"),
     ("optim.options.momentum=high", "optim.name: optimizer 'muon': option momentum = 'high' is not a float"),
+    (
+        "parallel.sequence=2 model.ffn=moe",
+        "model.ffn: ffn 'moe' balances parts of rows with parallel.sequence 2, which is another loss; set the router's balance_over",
+    ),
+    (
+        "parallel.sequence=2 model.ffn={name: moe, capacity_factor: 1.5}",
+        "model.ffn: ffn 'moe' drops other tokens with parallel.sequence 2; leave out capacity_factor",
+    ),
     ("optim.options.momentum=1.0", "optim.name: optimizer 'muon': momentum 1.0: must be at least 0 and below 1"),
     ("optim.options.ns_steps=0", "optim.name: optimizer 'muon': ns_steps 0: must be at least 1"),
     (
@@ -132,7 +141,8 @@ def test_a_mistake_in_the_config_stops_before_anything_is_written(
 ) -> None:
     yaml = tiny_yaml(tmp_path)
     before = contents(tmp_path)
-    assert told in refused(*command, str(yaml), override, code=2)
+    words = re.split(r" (?=\w+\.\w+=)", override)
+    assert told in refused(*command, str(yaml), *words, code=2)
     assert contents(tmp_path) == before
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modeling.decoder import MesokurtForCausalLM, document_mask, token_loss
+from modeling.decoder import MesokurtForCausalLM, token_loss
+from modeling.documents import document_mask
 from tests.modeling.small import VOCAB, roughen, small_model, tokens
 
 LENGTHS = (5, 1, 9)

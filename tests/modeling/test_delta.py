@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from modeling.decoder import document_mask
 from modeling.delta_activation import Delta, Quantise, neighbours
 from modeling.delta_linear import DeltaLinear
+from modeling.documents import document_mask
 from modeling.hooks import KINDS, HookError, check
 from tests.modeling.small import roughen, small_model, tokens
 

@@ -56,6 +56,15 @@ def _told(run: Path) -> list[tuple[int, list[str]]]:
     return [(step, names) for step, names in told if names]
 
 
+def test_a_return_forgets_states_that_the_checkpoint_does_not_have(folder: Path, poison: str) -> None:
+    """The head begins to train behind the checkpoint of step 10, reached again from 14: its moments begin anew, as in a new process."""
+    late = ("train.steps=20", "checkpoint.every=10", "optim.freeze=[{parameters: 'lm_head*', until: 10}]")
+    returned = train_in(folder, "late-returned", poison, *late, *GUARD)
+    assert _progress(returned)["rollbacks"] == 1
+    wanted = train_in(folder, "late", *late, "data.sampler=tests.training.misbehaving:ShuffledWithoutFive")
+    assert same_tensors(final_tensors(returned), final_tensors(wanted))
+
+
 def test_limit_by_hand() -> None:
     """Median 5, deviations 1, 0, 1, 0, 94 with median 1."""
     assert limit([4.0, 5.0, 6.0, 5.0, 99.0], 2.0) == pytest.approx(5.0 + 2.0 * 1.4826)

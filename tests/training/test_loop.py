@@ -8,14 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from modeling.documents import document_ids
 from tests.tiny_run import tiny_config
 from tests.training.engines import Case, small_engine, small_model
 from tests.training.runs import final_tensors, rows, same_tensors, train_in
-from training.data.loader import Loader, document_ids
+from training.data.loader import Loader
 from training.data.prepare import prepare
 from training.data.samplers import Shuffled
 from training.heldout import heldout_loss
+from training.loop import probed_rows
 from training.metrics import read_metrics
 from training.signals import StopSignal
 
@@ -130,17 +134,40 @@ def test_a_stop_request_ends_the_run_with_a_checkpoint_and_no_finish(folder: Pat
     assert not (run / "report.html").exists()
 
 
-def test_held_out_loss_is_the_mean_over_rows(plain: Path, folder: Path) -> None:
-    """Three rows in micro-batches of two against the mean of three single rows."""
-    store = prepare(tiny_config(folder), progress=False)
+@pytest.mark.parametrize("masked", [False, True])
+def test_held_out_loss_is_the_mean_over_rows_read_as_training_reads_them(
+    masked: bool, plain: Path, folder: Path
+) -> None:
+    """Rows in micro-batches of two against the mean of single rows, documents apart where training keeps them apart."""
+    config = tiny_config(folder, "eval.rows=15", "train.micro_batch=2", f"data.document_mask={str(masked).lower()}")
+    store = prepare(config, progress=False)
     engine = small_engine(Case(), model=small_model(vocab_size=store.vocab_size, max_position_embeddings=store.context))
-    found = heldout_loss(engine, store, rows=3, micro_batch=2)
-    singles = []
-    for row in range(3):
+    found = heldout_loss(engine, store, config)
+    singles: list[float] = []
+    apart: list[float] = []
+    for row in range(15):
         tokens = store.rows("held_out", np.array([row]))
-        logits = engine.module(tokens[:, :-1]).logits.double()
-        singles.append(torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:]).item())
-    assert found["eval/loss"] == pytest.approx(sum(singles) / 3, abs=1e-5)
-    wanted = found["eval/loss"] / math.log(2) / store.bytes_per_token("held_out")
-    assert found["eval/bits_per_byte"] == pytest.approx(wanted)
+        ids = document_ids(tokens[:, :-1], store.eod_id)
+        for losses, divided in ((singles, None), (apart, ids)):
+            logits = engine.module(tokens[:, :-1], document_ids=divided).logits.double()
+            losses.append(torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:]).item())
+    wanted = apart if masked else singles
+    assert found["eval/loss"] == pytest.approx(sum(wanted) / 15, abs=1e-5)
+    per_byte = found["eval/loss"] / math.log(2) / store.bytes_per_token("held_out")
+    assert found["eval/bits_per_byte"] == pytest.approx(per_byte)
     assert engine.model.training
+    assert abs(sum(singles) - sum(apart)) > 1e-4, "a document must end in one of the rows"
+
+
+@given(count=st.integers(1, 50), world=st.integers(1, 20), lockstep=st.booleans())
+def test_probes_see_every_row_once_whatever_the_ranks(count: int, world: int, lockstep: bool) -> None:
+    """In lockstep a remainder may be left out; only where ranks outnumber rows is a row seen twice, and each about as often."""
+    shares = [probed_rows(count, rank, world, lockstep) for rank in range(world)]
+    seen = sorted(row for share in shares for row in share)
+    assert all(shares)
+    assert len({len(share) for share in shares}) == 1 or not lockstep
+    if count < world:
+        times = [seen.count(row) for row in range(count)]
+        assert max(times) - min(times) <= 1
+    else:
+        assert seen == list(range(count - count % world if lockstep else count))

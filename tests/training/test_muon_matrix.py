@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling.decoder import MesokurtForCausalLM
+from modeling.documents import document_ids
 from tests.ranks import run_ranks
 from tests.training.engines import Case, dispose, forget_accelerator, small_config
 from training.accelerator import partition, start
-from training.data.loader import document_ids
 from training.engine import Engine
 from training.objectives.next_token import NextToken
 from training.optim.muon import Muon

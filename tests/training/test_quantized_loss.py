@@ -54,7 +54,7 @@ def measured(folder: Path, stage: int) -> tuple[dict[str, float], dict[str, Tens
         losses = QuantizedLoss(settings(), engine, store)
         if watch:
             assert losses.obstacle == ""
-            found = losses.measure() | {"full": heldout_nats(engine, store, 5, 2)}
+            found = losses.measure() | {"full": heldout_nats(engine, store, settings())}
             assert engine.model.training
         train_step(engine, case, 0)
         if watch:
@@ -71,7 +71,7 @@ def of_experts(folder: Path, case: Case) -> dict[str, float]:
     engine = small_engine(case, model=fitting_model(store, moe=True))
     losses = QuantizedLoss(settings(), engine, store)
     assert losses.obstacle == ""
-    found = losses.measure() | {"full": heldout_nats(engine, store, 5, 2)}
+    found = losses.measure() | {"full": heldout_nats(engine, store, settings())}
     assert all("compute" not in vars(module) for module in engine.module.modules())
     dispose(engine)
     return found

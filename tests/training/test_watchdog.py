@@ -15,7 +15,8 @@ import torch.distributed as dist
 from benchmarks.warm_ranks import start_ranks
 from modeling.folders import checkpoints
 from tests.launch.project import wait_until
-from tests.tiny_run import tiny_yaml
+from tests.tiny_run import tiny_config, tiny_yaml
+from training.meeting import shared_sections
 from training.metrics import read_metrics
 from training.signals import REQUEUE_EXIT_CODE, RESTART_EXIT_CODE
 from training.watchdog import is_peer_loss
@@ -148,11 +149,30 @@ def test_a_probe_that_fails_on_every_rank_is_survived_by_its_step(option: str, k
     assert [path.name for path in checkpoints(run.dir)] == kept
 
 
-def test_a_rank_with_another_config_is_named_before_anything_is_built(folder: Path) -> None:
-    run = Run(folder, "two-configs", second=["optim.lr=0.5"])
+@pytest.mark.parametrize(
+    ("second", "sections"), [(["optim.lr=0.5"], "optim"), (["run.seed=7", "eval.every=2"], "run, eval")]
+)
+def test_a_rank_with_another_config_is_named_before_anything_is_built(
+    second: list[str], sections: str, folder: Path
+) -> None:
+    run = Run(folder, f"two-configs-{len(second)}", second=second)
     assert run.exit_codes() == [2, 2], run.log.read_text()
-    assert "rank 1: model, optim, train or parallel differs from rank 0's" in run.log.read_text()
+    assert f"rank 1: {sections} differs from rank 0's" in run.log.read_text()
     assert not (run.dir / "receipt.txt").exists()
+
+
+def test_places_of_files_may_differ_from_host_to_host(folder: Path) -> None:
+    changes = ["run.dir=elsewhere", "data.store=there", "data.sources=[{kind: text, path: other}]"]
+    assert shared_sections(tiny_config(folder, *changes)) == shared_sections(tiny_config(folder))
+    assert shared_sections(tiny_config(folder, "data.held_out=0.3")) != shared_sections(tiny_config(folder))
+
+
+def test_every_rank_stays_until_rank_0_has_finished(folder: Path) -> None:
+    """srun ends a job a minute after its first rank has left; evaluation, exports and report are rank 0's alone."""
+    run = Run(folder, "whole", "train.steps=2", "eval.bits=[16-16-16, 4-4-4]", "export.formats=[hf]")
+    run.ranks[1].join(BOUND_S)
+    assert (run.dir / "report.html").is_file(), run.log.read_text()
+    assert run.exit_codes() == [0, 0], run.log.read_text()
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import cast
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 from configs.errors import UserError
 from training.data.samplers import Sampler
@@ -15,14 +14,6 @@ from training.data.store import TokenStore
 from training.data.store_format import Split
 
 Batch = dict[str, Tensor]
-
-
-def document_ids(tokens: Tensor, eod_id: int) -> LongTensor:
-    """Number of each token's document within its row, `[B, T] -> [B, T]`: the token after an end-of-document token
-    starts the next one.
-    """
-    ends = (tokens == eod_id).long()
-    return cast(LongTensor, ends.cumsum(dim=1) - ends)
 
 
 class Loader:

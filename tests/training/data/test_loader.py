@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
+from modeling.documents import document_ids
 from tests.training.data.corpora import CONTEXT, small_documents, small_spec, small_tokenizer, write_jsonl
-from training.data.loader import Loader, document_ids
+from training.data.loader import Loader
 from training.data.samplers import Sequential, Shuffled
 from training.data.store import TokenStore, open_store
 from training.data.store_build import build_store
