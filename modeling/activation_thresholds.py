@@ -88,9 +88,18 @@ class TopK(nn.Module):
     def __init__(self, width: int | None = None, k: int = 16) -> None:
         super().__init__()
         self.check_options(k)
-        if width is not None and k > width:
-            raise HookError(f"topk: k {k} is more than the {width} channels of the layer")
         self.k = k
+        if width is not None:
+            self.check_width(width)
+
+    def check_width(self, width: int) -> None:
+        """Refuse a layer in which nothing would be left out.
+
+        Raises:
+            HookError: it has fewer channels than k.
+        """
+        if self.k > width:
+            raise HookError(f"topk: k {self.k} is more than the {width} channels of the layer")
 
     @classmethod
     def check_options(cls, k: int = 16) -> None:

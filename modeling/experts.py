@@ -96,6 +96,8 @@ class Experts(nn.Module):
         self.act_fn = build(KINDS["activation"], config.activation)
         if mixes_tokens(self.act_fn):
             raise HookError(f"activation {config.activation['name']!r} {UNORDERED}")
+        if hasattr(self.act_fn, "check_width"):
+            self.act_fn.check_width(width)
 
     def _fusible(self, x: Tensor) -> bool:
         """Whether an expert at a time is the way: on the CPU, when the activation has no parameters that need a gradient."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+logger = logging.getLogger("mesokurt")
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 16 * 2**20  # bytes; a hostile one must not fill the memory
 STEP = re.compile(r"step-([0-9]+)")
@@ -163,7 +165,8 @@ def valid_checkpoints(run_dir: Path) -> Iterator[tuple[Path, str | None]]:
 
 
 def resolve(path: str | Path) -> Path:
-    """The model folder meant by a run directory (its newest valid checkpoint), a checkpoint folder or an exported folder.
+    """The model folder meant by a run directory (its newest valid checkpoint, with a warning if newer ones are broken), a checkpoint
+    folder or an exported folder.
 
     Raises:
         FileNotFoundError: nothing there holds a model, or it does not match its manifest; the message says what was tried.
@@ -174,9 +177,11 @@ def resolve(path: str | Path) -> Path:
         if problem is not None:
             raise FileNotFoundError(f"{folder} is damaged: {problem}")
         return folder
-    found = []
+    found: list[str] = []
     for candidate, problem in valid_checkpoints(folder):
         if problem is None:
+            for told in found:
+                logger.warning("%s: broken checkpoint passed over (%s); %s is used", folder, told, candidate.name)
             return candidate
         found.append(f"{candidate.name}: {problem}")
     tried = f"; broken checkpoints: {', '.join(found)}" if found else ""

@@ -195,6 +195,16 @@ def _fits(value: Any, annotation: Any) -> bool:
     return isinstance(value, expected) if isinstance(expected, type) else True
 
 
+def _as_declared(value: Any, annotation: Any) -> Any:
+    """A float where a YAML wrote `1` and the class says float; everything else as it is."""
+    wanted = (
+        typing.get_args(annotation)
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        else (annotation,)
+    )
+    return float(value) if type(value) is int and float in wanted and int not in wanted else value
+
+
 def _words(annotation: Any) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return f"one of {', '.join(map(repr, typing.get_args(annotation)))}"
@@ -238,4 +248,6 @@ def build(kind: HookKind, spec: dict[str, Any], **supplied: Any) -> Any:
     # A module without a constructor shows torch's **kwargs, which takes none of them.
     own = _owner_of_init(cls) is not _load("torch.nn:Module", kind.package)
     takes_all = own and any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    return cls(**{k: v for k, v in supplied.items() if k in accepted or takes_all}, **spec.get("options", {}))
+    known = option_types(kind, cls)
+    options = {name: _as_declared(value, known[name].annotation) for name, value in spec.get("options", {}).items()}
+    return cls(**{k: v for k, v in supplied.items() if k in accepted or takes_all}, **options)

@@ -96,15 +96,15 @@ def export_bnb_nf4(hf_dir: str | Path, out_dir: str | Path, compute_dtype: torch
     """Pack a plain Hugging Face causal LM in NF4 with double quantization, on the CPU, and check what was written.
 
     Embeddings and head stay in `compute_dtype` (bfloat16 or float32). `out_dir` appears only when the reloaded model
-    gives bit-identical logits. Raises UserError for a source that is not such a folder, a target that holds something,
-    another dtype, and a failed check.
+    gives bit-identical logits, and replaces what was there. Raises UserError for a source that is not such a folder, the source
+    as the target, another dtype, and a failed check.
     """
     source, target = Path(hf_dir), Path(out_dir).resolve()
     check_full_precision(source)
     if compute_dtype not in (torch.bfloat16, torch.float32):
         raise UserError(f"compute dtype {compute_dtype}: NF4 export takes bfloat16 or float32", exit_code=2)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is not an empty folder: choose another one or remove it")
+    if target == source.resolve():
+        raise UserError(f"{target} is the model itself: choose another folder")
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -197,7 +197,7 @@ def _loading(format_name: str) -> list[str]:
         f"Needs {NEEDS[format_name]}.", "", "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
         'folder = "..."  # this folder, or its name on the Hub',
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{extra})",
         f"model = AutoModelForCausalLM.from_pretrained(folder{extra})", "```", "",
     ]  # fmt: skip
 

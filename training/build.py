@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,23 +85,40 @@ def model_config(config: RunConfig, eod_id: int | None = None) -> MesokurtConfig
     )
 
 
+@contextmanager
+def _told_as_config() -> Iterator[None]:
+    """What a layer finds wrong with its options once it knows its widths is a mistake in the config like any other."""
+    try:
+        yield
+    except HookError as error:
+        raise ConfigError(f"model: {error}") from None
+
+
 def build_model(
     config: RunConfig, eod_id: int | None = None, partition: dict[str, Any] | None = None
 ) -> MesokurtForCausalLM:
     """A freshly initialized network; its weights depend only on (run.seed, parameter name).
 
     With `partition` (DeepSpeed's settings of ZeRO-3) no rank ever holds the whole of it.
+
+    Raises:
+        ConfigError: an option that does not go with a layer's width.
     """
     shape = model_config(config, eod_id)
-    model = MesokurtForCausalLM(shape) if partition is None else partitioned_model(shape, partition)
+    with _told_as_config():
+        model = MesokurtForCausalLM(shape) if partition is None else partitioned_model(shape, partition)
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
 def model_on_paper(config: RunConfig) -> MesokurtForCausalLM:
-    """The network without values, on the meta device."""
-    with torch.device("meta"):
+    """The network without values, on the meta device.
+
+    Raises:
+        ConfigError: an option that does not go with a layer's width.
+    """
+    with torch.device("meta"), _told_as_config():
         return MesokurtForCausalLM(model_config(config))
 
 

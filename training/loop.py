@@ -99,6 +99,10 @@ class Trainer:
             if stopping:
                 break
         self.writer.wait()
+        if self.progress.step < self.config.train.steps:
+            self.bar.note(
+                f"stopped after step {self.progress.step}, which is saved; the same command goes on from there"
+            )
         return self.progress
 
     def forward_backward(self, index: int) -> None:

@@ -73,8 +73,7 @@ def pretrain(config: RunConfig, stop: StopSignal | None = None) -> Path:
     export_rank_environment(ranks)
     main = ranks.rank == 0
     check_hooks(config)
-    if config.probes:
-        check_probes(config, model_on_paper(config))
+    check_probes(config, model_on_paper(config))  # also options that do not go with a layer's width
     accumulation(config, ranks.world_size)
     check_world(config.parallel.expert, ranks.world_size)
     check_sequence(config, ranks.world_size)

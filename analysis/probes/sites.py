@@ -80,7 +80,7 @@ def find_taps(model: nn.Module, sites: list[str]) -> list[Tap]:
     if not taps:
         raise UserError(
             f"{type(model).__name__} has none of the sites {', '.join(sites)}; "
-            "probes read decoders whose blocks are model.layers.N with self_attn and mlp inside"
+            "probes read decoders whose blocks are model.layers.N with self_attn and mlp inside, and nothing inside of experts"
         )
     return taps
 

@@ -110,6 +110,15 @@ CONFIG_MISTAKES = [
         "parallel.sequence=2 model.ffn={name: moe, capacity_factor: 1.5}",
         "model.ffn: ffn 'moe' drops other tokens with parallel.sequence 2; leave out capacity_factor",
     ),
+    (
+        "model.activation={name: topk, k: 65}",
+        "model: topk: k 65 is more than the 64 channels of the layer",
+    ),
+    (
+        "model.activation={name: topk, k: 20} model.ffn={name: moe, expert_width: 16}",
+        "model: topk: k 20 is more than the 16 channels of the layer",
+    ),
+    ("model.ffn={name: predicted_mask, block: 7}", "model: predicted_mask: block 7 must divide ffn width 64"),
     ("optim.options.momentum=1.0", "optim.name: optimizer 'muon': momentum 1.0: must be at least 0 and below 1"),
     ("optim.options.ns_steps=0", "optim.name: optimizer 'muon': ns_steps 0: must be at least 1"),
     (

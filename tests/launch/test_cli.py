@@ -213,14 +213,16 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_so_by_its_exit_code(tmp_path
     path = tiny_yaml(tmp_path)
     words = ["pretrain", str(path), "train.steps=100000", "checkpoint.every=null", "train.log_every=1", "probes=[]"]
     command = [sys.executable, "-m", "launch.cli", *words]
-    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     rows = tmp_path / "run" / "metrics.jsonl"
     try:
         until = time.monotonic() + 120
         while not (rows.exists() and rows.stat().st_size) and time.monotonic() < until:
             time.sleep(0.1)
         run.terminate()
-        assert run.wait(60) == 75
+        told = run.communicate(timeout=60)[0].splitlines()
+        assert run.returncode == 75
     finally:
         run.kill()
-    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert told[-1] == f"stopped after step {int(saved.name[5:])}, which is saved; the same command goes on from there"

@@ -48,12 +48,16 @@ def test_every_kind_of_damage_is_noticed_and_named(damage: Callable[[Path], obje
 
 @pytest.mark.parametrize(("damage", "told"), BREAKS)
 def test_a_run_directory_means_its_newest_undamaged_checkpoint(
-    damage: Callable[[Path], object], told: str, tmp_path: Path
+    damage: Callable[[Path], object], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """And says so: what is then evaluated or exported is an older network."""
     old, new = checkpoint(tmp_path, 2), checkpoint(tmp_path, 10)
     assert resolve(tmp_path) == new
+    assert caplog.text == ""
     damage(new)
     assert resolve(tmp_path) == old
+    assert f"broken checkpoint passed over (step-00000010: {told}" in caplog.text
+    assert "step-00000002 is used" in caplog.text
     damage(old)
     with pytest.raises(
         FileNotFoundError, match=r"neither a model folder .* nor a run directory with a valid checkpoint"

@@ -151,6 +151,16 @@ def test_a_wrong_option_is_named_with_what_is_wanted(options: dict[str, Any], to
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "option"), [("crrelu", "eps_init"), ("delta", "q_init"), ("jumprelu", "threshold")])
+def test_a_whole_number_where_a_float_is_declared_is_one(name: str, option: str) -> None:
+    """YAML writes 1 for 1.0."""
+    whole, real = (
+        build(KINDS["activation"], {"name": name, "options": {option: value}}, width=4) for value in (1, 1.0)
+    )
+    assert [p.dtype for p in whole.parameters()] == [torch.float32]
+    assert torch.equal(next(whole.parameters()), next(real.parameters()))
+
+
 def test_what_the_framework_supplies_is_no_option() -> None:
     with pytest.raises(HookError, match="norm 'ssnorm' has no option 'eps'; options: none"):
         check(KINDS["norm"], "ssnorm", {"eps": 1e-5})

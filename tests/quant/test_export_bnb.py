@@ -119,7 +119,7 @@ def test_wrong_folders_and_dtypes_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no config.json"):
         export_bnb_nf4(tmp_path, tmp_path / "nf4")
     source = llama_folder(tmp_path / "hf")
-    with pytest.raises(UserError, match="not an empty folder"):
+    with pytest.raises(UserError, match="is the model itself: choose another folder"):
         export_bnb_nf4(source, source)
     with pytest.raises(UserError, match="bfloat16 or float32"):
         export_bnb_nf4(source, tmp_path / "nf4", torch.float16)

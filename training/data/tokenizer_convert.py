@@ -59,6 +59,8 @@ def parse_model(model: bytes, where: str) -> Any:
         proto.ParseFromString(model)
     except DecodeError:
         raise UserError(f"{where}: not a sentencepiece model") from None
+    if not proto.pieces:  # an empty file is an empty model
+        raise UserError(f"{where}: not a sentencepiece model")
     return proto
 
 

@@ -164,6 +164,8 @@ def test_a_lossy_or_broken_model_file_is_refused() -> None:
         SentencePieceTokenizer(buffer.getvalue(), "theirs.model")
     with pytest.raises(UserError, match=r"broken.model: not a sentencepiece model"):
         SentencePieceTokenizer(b"\xff\xff\xff not a model", "broken.model")
+    with pytest.raises(UserError, match=r"empty.model: not a sentencepiece model"):
+        SentencePieceTokenizer(b"", "empty.model")
 
 
 def byte_level(folder: Path, eos: str | None = "<eos>") -> Path:
