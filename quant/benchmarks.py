@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -84,6 +85,20 @@ def obstacle(task: Benchmark, model: PreTrainedModel) -> str:
     return ""
 
 
+@contextmanager
+def _weights_left_alone(model: PreTrainedModel) -> Iterator[None]:
+    """Within it nobody can tie the model's tables: the harness does when it takes a model, which would undo a rotation of both."""
+    instance = vars(model)
+    before = instance.get("tie_weights")
+    instance["tie_weights"] = lambda *_args, **_kwargs: None
+    try:
+        yield
+    finally:
+        del instance["tie_weights"]
+        if before is not None:
+            instance["tie_weights"] = before
+
+
 def run_benchmarks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[TaskData], batch_size: int = 8
 ) -> dict[str, Score]:
@@ -112,7 +127,8 @@ def run_benchmarks(
         harness[data.task.name].set_fewshot_seed(SHOT_SEED)
     place = {"max_length": context_of(model), "device": str(model.device), "backend": "causal"}
     with bars_on_terminals_only():
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **place)
+        with _weights_left_alone(model):
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **place)
         found = evaluate(lm, {"tasks": harness, "groups": {}, "group_map": {}}, log_samples=False)["results"]
     for data in wanted:
         entry, metric = found[data.task.name], data.task.metric

@@ -17,7 +17,7 @@ from quant.benchmarks import Score, run_benchmarks
 from quant.bits import FULL, Bits
 from quant.experts import unpacked_experts
 from quant.fake_quant import rounded_states
-from quant.measurements import Key, Measurements, NotKept, model_sha256, tensor_sha256, versions
+from quant.measurements import Key, Measurements, NotKept, measuring_sha256, model_sha256, tensor_sha256, versions
 from quant.methods import Options, method_of, prepared_weights
 from quant.perplexity import perplexity_of_rows
 
@@ -87,7 +87,8 @@ class _Setup:
         calibrated = chosen.calibrated and not bits.is_full
         calibration = {"calibration": self.calibration_sha256} if calibrated else {}
         place = {"bits": str(bits), "method": method} if not bits.is_full else {"bits": str(bits)}
-        return {"model": self.model_sha256, **place, **rounding, **calibration, **what, "versions": versions()}
+        code = {"code": measuring_sha256(), "versions": versions()}
+        return {"model": self.model_sha256, **place, **rounding, **calibration, **what, **code}
 
     def measurements(self, bits: Bits, method: str) -> list[tuple[Key, Callable[[], Any]]]:
         """The key of every result of a setting, and how it is measured on the model as it then is."""

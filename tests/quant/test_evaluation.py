@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from configs.errors import UserError
+from quant import benchmarks, evaluation
 from quant.benchmark_data import SYNTHETIC, load_task
 from quant.benchmark_tasks import benchmarks_named
 from quant.benchmarks import Score, run_benchmarks
@@ -20,7 +22,8 @@ from quant.evaluation import Row, Subject, Text, evaluate
 from quant.evaluation_table import format_table, markdown_table, mean_score, percent, scores
 from quant.fake_quant import fake_quantized
 from quant.ladder import ladder
-from quant.measurements import Measurements, model_sha256
+from quant.measurements import Measurements, files_sha256, measuring_sha256, model_sha256
+from quant.methods import quantized
 from tests.quant.tiny import tiny_llama, tokens
 from tests.training.data.corpora import VOCAB, small_tokenizer
 from training.data.tokenizer import save_tokenizer
@@ -115,6 +118,38 @@ def test_other_weights_text_documents_and_settings_are_measured_anew(
     stored = json.loads(file.read_text())["measurements"][0]["key"]
     assert stored["model"] == model_sha256(model())
     assert set(stored["versions"]) == {"mesokurt", "torch", "transformers", "lm_eval"}
+
+
+def test_benchmarks_leave_the_text_loss_of_tied_and_rotated_tables_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gains other than 1 go into the head, which rotation parts from its table; the harness ties what it is given."""
+    tied = tiny_llama(vocab_size=VOCAB, dtype=torch.float32, tie_word_embeddings=True)
+    with torch.no_grad():
+        tied.model.norm.weight.copy_(torch.linspace(0.2, 3.0, 64))
+    with_tasks = subject(tokenizer, tied)
+    settings = [Bits(4, 8, 16), Bits(4, 8, 8)]  # they share weights: what a task of the first breaks, the second shows
+    without, beside = (
+        evaluate(s, settings, ["quarot+rtn"], Measurements(None)) for s in (replace(with_tasks, tasks=()), with_tasks)
+    )
+    assert [row.loss for row in beside] == [row.loss for row in without]
+    with quantized(tied, "quarot+rtn", settings[0]):
+        head = tied.lm_head.weight
+        run_benchmarks(tied, tokenizer, with_tasks.tasks[:1])
+        assert tied.lm_head.weight is head
+        assert tied.model.embed_tokens.weight is not head
+    assert "tie_weights" not in vars(tied)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+def test_results_of_other_measuring_code_are_not_reused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Subject(model(), tokenizer, Text("tokens", tokens(2, 9), 2.5))
+    evaluate(one, SETTINGS[:1], ["rtn"], Measurements(tmp_path / "results.json"))
+    assert files_sha256(Path(benchmarks.__file__).parent.glob("*.py")) == measuring_sha256()
+    monkeypatch.setattr(evaluation, "measuring_sha256", lambda: "of an older benchmarks.py")
+    measured: list[str] = []
+    evaluate(one, SETTINGS[:1], ["rtn"], Measurements(tmp_path / "results.json"), measured.append)
+    assert len(measured) == 2
 
 
 def test_equal_models_have_equal_hashes_wherever_they_lie(tmp_path: Path) -> None:
