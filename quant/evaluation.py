@@ -131,36 +131,51 @@ def _measure(setup: _Setup, method: str, settings: Sequence[Bits], progress: Cal
     ]
     if not missing:
         return {}
+    notes: dict[Bits, str] = {}
     try:
         if all(bits.is_full for bits in missing):
-            _measure_now(setup, method, missing, "", progress)
-            return {}
+            return _measure_now(setup, method, missing, "", progress)
         with unpacked_experts(subject.model):
             for bits in missing:
-                with _in_setting(subject, bits, hadamard):
-                    pass  # what cannot run is refused before the long work
-            weights = (subject.model, method, missing[0], subject.calibration, subject.options)
+                with _noting(bits, notes), _in_setting(subject, bits, hadamard):
+                    pass  # what cannot run is found before the long work
+            able = [bits for bits in missing if bits not in notes]
+            if not able:
+                return notes
+            weights = (subject.model, method, able[0], subject.calibration, subject.options)
             with prepared_weights(*weights) as prepared:
-                _measure_now(setup, method, missing, "; ".join(prepared.notes), progress)
+                return notes | _measure_now(setup, method, able, "; ".join(prepared.notes), progress)
     except NotKept:
         raise
     except UserError as error:
         if method_of(method).calibrated and subject.calibration is None:
             raise UserError(f"method {method} needs text to calibrate on; give --calibration FILE") from None
-        return dict.fromkeys(missing, f"skipped: {error}")
-    return {}
+        return {bits: f"skipped: {error}" for bits in missing} | notes
+
+
+@contextmanager
+def _noting(bits: Bits, notes: dict[Bits, str]) -> Iterator[None]:
+    """Within it a setting that cannot be measured is noted: the others that share its weights can."""
+    try:
+        yield
+    except NotKept:
+        raise
+    except UserError as error:
+        notes[bits] = f"skipped: {error}"
 
 
 def _measure_now(
     setup: _Setup, method: str, settings: Sequence[Bits], note: str, progress: Callable[[str], None]
-) -> None:
-    hadamard = method_of(method).hadamard
+) -> dict[Bits, str]:
+    """Measure what is not there yet on weights as they are now; returns why some settings could not be."""
+    hadamard, notes = method_of(method).hadamard, dict[Bits, str]()
     for bits in settings:
-        with _in_setting(setup.subject, bits, hadamard):
+        with _noting(bits, notes), _in_setting(setup.subject, bits, hadamard):
             for key, measure in setup.measurements(bits, method):
                 if setup.kept.get(key) is None:
                     progress(f"{bits} {method}: {key.get('task', 'text')}")
                     setup.kept.put(key, {"value": measure(), "note": note})
+    return notes
 
 
 def _row(setup: _Setup, bits: Bits, method: str, full: float | None, note: str) -> Row:
@@ -199,10 +214,9 @@ def evaluate(
         NotKept: a result cannot be written.
     """
     setup, first = _Setup(subject, kept), methods[0]
-    _measure(setup, first, [FULL_PRECISION], progress)
-    table = [_row(setup, FULL_PRECISION, first, None, "")]
-    full = table[0].loss
-    table = [_row(setup, FULL_PRECISION, first, full, "")]
+    reason = _measure(setup, first, [FULL_PRECISION], progress).get(FULL_PRECISION, "")
+    full = _row(setup, FULL_PRECISION, first, None, "").loss
+    table = [_row(setup, FULL_PRECISION, first, full, reason)]
     notes: dict[tuple[str, Bits], str] = {}
     wanted = [bits for bits in dict.fromkeys(settings) if not bits.is_full]
     for method in dict.fromkeys(methods):

@@ -59,6 +59,10 @@ def _obstacle(method: str, model: PreTrainedModel, sites: Sequence[Site]) -> str
     return ""
 
 
+def _skipped(bits: Bits, method: str, note: str) -> LadderRow:
+    return LadderRow(bits, method, None, None, None, None, note)
+
+
 def _row(
     bits: Bits, method: str, result: Perplexity, full: Perplexity, bytes_per_token: float | None, notes: Sequence[str]
 ) -> LadderRow:
@@ -82,9 +86,9 @@ def ladder(
     """Measure `model` on rows `[N, T + 1]` of held-out token ids at every setting by every method of `METHODS`.
 
     Protocol of Park et al., ACL 2025. `calibration` `[M, T]` are token ids for the methods that need some; `options` say
-    how weights are rounded. Rungs that do not apply to the model (no Hadamard matrix of the FFN's size) are kept, empty
-    and with a note; at 16-16-16 a rotating rung only checks that rotations change nothing. Raises UserError as
-    `methods.quantized` and `perplexity_of_rows` do.
+    how weights are rounded. Rungs that do not apply to the model (no Hadamard matrix of the FFN's size or of a head's) are
+    kept, empty and with a note; at 16-16-16 a rotating rung only checks that rotations change nothing. Raises UserError for
+    architectures without known roles, unknown methods, calibration rows that are missing, and as `perplexity_of_rows` does.
     """
     with unpacked_experts(model):
         return _ladder(model, rows, settings, methods, bytes_per_token, batch_size, roles, calibration, options)
@@ -107,24 +111,40 @@ def _ladder(
     table: dict[tuple[Bits, str], LadderRow] = {}
 
     def measure(method: str, some: Sequence[Bits]) -> Iterator[LadderRow]:
-        """Settings that share their weights: prepared once, as that is slow."""
-        hadamard = METHODS[method].hadamard
+        """Settings that share their weights: prepared once, as that is slow. One that cannot run is no reason to lose the others."""
+        hadamard, able = METHODS[method].hadamard, []
         for bits in some:
-            with rounded_states(model, bits, hadamard, roles):
-                pass  # what cannot run is refused before the long work
-        with prepared_weights(model, method, some[0], calibration, options, roles) as prepared:
-            for bits in some:
+            try:
                 with rounded_states(model, bits, hadamard, roles):
-                    result = perplexity_of_rows(model, rows, batch_size)
-                yield _row(bits, method, result, full, bytes_per_token, prepared.notes)
+                    able.append(bits)  # what cannot run is found before the long work
+            except UserError as error:
+                yield _skipped(bits, method, f"skipped: {error}")
+        if not able:
+            return
+        with prepared_weights(model, method, able[0], calibration, options, roles) as prepared:
+            for bits in able:
+                try:
+                    with rounded_states(model, bits, hadamard, roles):
+                        result = perplexity_of_rows(model, rows, batch_size)
+                except UserError as error:
+                    yield _skipped(bits, method, f"skipped: {error}")
+                else:
+                    yield _row(bits, method, result, full, bytes_per_token, prepared.notes)
 
     for method in dict.fromkeys(methods):
         if obstacles[method]:
-            table |= {(b, method): LadderRow(b, method, None, None, None, None, obstacles[method]) for b in settings}
+            table |= {(bits, method): _skipped(bits, method, obstacles[method]) for bits in settings}
             continue
         for key in dict.fromkeys(METHODS[method].weights_depend_on(bits) for bits in settings):
             some = [bits for bits in dict.fromkeys(settings) if METHODS[method].weights_depend_on(bits) == key]
-            table |= {(row.bits, method): row for row in measure(method, some)}
+            try:
+                for row in measure(method, some):
+                    table[row.bits, method] = row
+            except UserError as error:
+                if METHODS[method].calibrated and calibration is None:
+                    raise
+                left = [bits for bits in some if (bits, method) not in table]
+                table |= {(bits, method): _skipped(bits, method, f"skipped: {error}") for bits in left}
     return [table[bits, method] for bits in settings for method in methods]
 
 

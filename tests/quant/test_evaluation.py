@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -178,6 +179,35 @@ def test_what_does_not_apply_is_a_row_with_a_reason(tokenizer: PreTrainedTokeniz
     assert rotated.tasks == {}
     assert rotated.note.startswith("skipped: model.layers.0.mlp.down_proj: no Hadamard matrix of size 100")
     assert format_table([full, plain, rotated]).splitlines()[-1].startswith("4-4-4 rtn+hadamard: skipped")
+
+
+def test_a_setting_that_cannot_run_leaves_those_that_share_its_weights_alone(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Heads of 24 have no Hadamard matrix, which only a KV cache of few bits needs."""
+    odd = subject(tokenizer, tiny_llama(vocab_size=VOCAB, dtype=torch.float32, hidden_size=96))
+    settings = [Bits(4, 8, 8), Bits(4, 8, 16), Bits(4, 4, 4), Bits(4, 4, 16)]
+    for row in evaluate(odd, settings, ["rtn"], Measurements(None)):
+        assert row.measured == (row.bits.kv == 16)
+        assert row.note == "" if row.measured else row.note.startswith("skipped: head_dim 24 is not a power of two")
+
+
+def test_a_failure_while_measuring_is_told_beside_the_settings_measured_before_and_after(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, one = evaluation.perplexity_of_rows, replace(subject(tokenizer), tasks=())
+    calls: list[int] = []
+
+    def third_fails(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise UserError("the attention bypasses the registry")
+        return real(*arguments)
+
+    monkeypatch.setattr(evaluation, "perplexity_of_rows", third_fails)
+    table = evaluate(one, [Bits(4, 8, 16), Bits(4, 8, 8), Bits(4, 4, 4)], ["rtn"], Measurements(None))
+    assert [row.measured for row in table] == [True, True, False, True]
+    assert [row.note for row in table] == ["", "", "skipped: the attention bypasses the registry", ""]
 
 
 def test_calibration_that_is_missing_is_one_line(tokenizer: PreTrainedTokenizerBase) -> None:

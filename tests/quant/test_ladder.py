@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from configs.errors import UserError
 from quant.bits import LADDER, Bits
 from quant.fake_quant import fake_quantized
 from quant.ladder import format_ladder, ladder
@@ -51,6 +52,27 @@ def test_rungs_without_a_hadamard_size_are_kept_empty_with_the_reason() -> None:
     assert plain.note == ""
     assert rotated.loss is rotated.perplexity is rotated.ratio is None
     assert rotated.note.startswith("skipped: model.layers.0.mlp.down_proj: no Hadamard matrix of size 100")
+
+
+def test_rungs_without_a_matrix_for_the_heads_are_kept_empty_and_the_others_measured() -> None:
+    model, rows = tiny_llama(hidden_size=96), tokens(2, 9)  # heads of 24
+    for row in ladder(model, rows):
+        assert (row.loss is not None) == (row.bits.kv == 16)
+        if row.loss is None:
+            assert row.note.startswith("skipped: head_dim 24 is not a power of two")
+        else:
+            assert row.note == ""
+
+
+def test_weights_that_cannot_be_prepared_are_a_note_and_missing_calibration_an_error() -> None:
+    """Width 100 has no Hadamard matrix for a rotation of the stream."""
+    model, rows = tiny_llama(hidden_size=100, head_dim=16), tokens(2, 9)
+    plain, rotated = ladder(model, rows, settings=[Bits(4, 8, 16)], methods=["rtn", "quarot+rtn"])
+    assert plain.loss is not None
+    assert rotated.loss is None
+    assert "no Hadamard matrix of size 100" in rotated.note
+    with pytest.raises(UserError, match="needs calibration rows"):
+        ladder(tiny_llama(), rows, settings=[Bits(4, 8, 16)], methods=["gptq"])
 
 
 def test_the_table_shows_every_rung_and_each_note_once() -> None:
