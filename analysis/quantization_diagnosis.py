@@ -30,7 +30,7 @@ from quant.integers import fake_asymmetric
 from quant.methods import Options, prepared_weights
 from quant.perplexity import Rows, perplexity_of_rows
 from quant.restoring import restoring_parameters
-from quant.roles import ROLES, Role, Site, block_of, find_sites, head_dim_of, inner_name
+from quant.roles import ROLES, Role, Site, block_of, find_sites, head_dim_of, name_in_block, starred
 
 KINDS = ("weights", "activations", "kv")
 # With so many tokens per place the figures stand still; more cost memory.
@@ -41,6 +41,7 @@ MAX_TOKENS = 4096
 class Place:
     """One place that is rounded: its tails, its rounding error, and the loss that rounding only it adds (nats per token).
 
+    `site`: its name inside the block, with the expert's number in a mixture of experts;
     `kurtosis`: excess kurtosis over channels, mean over tokens (weights: over inputs, mean over output channels);
     `peak_to_rms`: the largest max|x| / rms; `snr_db`: signal to rounding noise.
     """
@@ -89,8 +90,9 @@ def _activation_figures(x: Tensor, bits: int, group: int | None) -> tuple[float,
 
 
 @torch.no_grad()
-def _states(model: PreTrainedModel, sites: Sequence[Site], rows: Tensor) -> dict[tuple[str, str], Tensor]:
-    """The inputs of every site `[N, C]`, and keys (rotated per head) and values `[N, d]` of every block, of a few rows."""
+def _states(model: PreTrainedModel, sites: Sequence[Site], rows: Tensor, kv_bits: int) -> dict[tuple[str, str], Tensor]:
+    """Of a few rows the inputs `[N, C]` of every site, by its name, and unless KV has 16 bits the keys (rotated per head) and
+    values `[N, d]` of every block, by its name. A site that saw no token (an expert that none chose) is not there."""
     seen: dict[tuple[str, str], Tensor] = {}
     blocks = {
         id(m): block_of(n + ".") for n, m in model.named_modules() if n.endswith("self_attn") or n.endswith("attention")
@@ -105,8 +107,8 @@ def _states(model: PreTrainedModel, sites: Sequence[Site], rows: Tensor) -> dict
         return False
 
     with (
-        quantized_kv(model, sites, 8, head_dim_of(model), pick=look),
-        observing(sites, lambda site, x: keep((block_of(site.name), inner_name(site.name)), x)),
+        quantized_kv(model, sites, kv_bits, head_dim_of(model), pick=look),
+        observing(sites, lambda site, x: keep((site.name, "inputs"), x)),
     ):
         model(input_ids=rows[:, :-1], use_cache=False)
     return seen
@@ -153,19 +155,19 @@ def diagnose(
     places: list[Place] = []
     with prepared_weights(model, method, bits, calibration, options, roles, rotate_only=True) as prepared:
         with rounded_states(model, Bits(FULL, FULL, FULL), prepared.hadamard, roles):
-            seen = _states(model, sites, batch)
+            seen = _states(model, sites, batch, bits.kv)
             base = perplexity_of_rows(model, rows, batch_size).nats_per_token
             for site in tqdm(sites, desc="diagnosis", unit="site", disable=None, leave=False):
-                block, inner = block_of(site.name), inner_name(site.name)
+                layer, inner = _layer(block_of(site.name)), name_in_block(site.name)
                 if bits.weights != FULL:
                     figures = _weight_figures(site, options, bits.weights)
                     added = loss(_rounded_weight(model, site, options, bits.weights)) - base
-                    places.append(Place(_layer(block), inner, "weights", *figures, added))
-                if bits.activations != FULL and (block, inner) in seen:
+                    places.append(Place(layer, inner, "weights", *figures, added))
+                if bits.activations != FULL and (site.name, "inputs") in seen:
                     group = head_dim if site.role is Role.HEADS_IN else None
-                    figures = _activation_figures(seen[block, inner], bits.activations, group)
+                    figures = _activation_figures(seen[site.name, "inputs"], bits.activations, group)
                     added = loss(quantized_activations([site], bits.activations, head_dim, False)) - base
-                    places.append(Place(_layer(block), inner, "activations", *figures, added))
+                    places.append(Place(layer, inner, "activations", *figures, added))
             if bits.kv != FULL:
                 places += _kv_places(model, sites, seen, bits.kv, lambda within: loss(within) - base)
         with rounded_states(model, bits, prepared.hadamard, roles), restoring_parameters(model):
@@ -197,15 +199,16 @@ def _kv_places(
 
 def format_diagnosis(diagnosis: Diagnosis, most: int = 12) -> str:
     """The places that add most loss, one line each, kurtosis beside it."""
+    wide = max([26, *(len(place.site) for place in diagnosis.places)]) + 2
     lines = [
         f"loss {diagnosis.loss:.4f}, all rounded to nearest at {diagnosis.bits} {diagnosis.loss_rounded:.4f} nats per token; "
         f"the {min(most, len(diagnosis.places))} places that add most alone:",
-        f"{'layer':<7}{'site':<28}{'what':<13}{'kurtosis':>10}{'max/rms':>9}{'SNR dB':>8}{'added loss':>12}",
+        f"{'layer':<7}{'site':<{wide}}{'what':<13}{'kurtosis':>10}{'max/rms':>9}{'SNR dB':>8}{'added loss':>12}",
     ]
     for p in sorted(diagnosis.places, key=lambda place: -place.added_loss)[:most]:
         added = round(p.added_loss, 5) + 0.0  # no minus before zeros
         figures = f"{p.kurtosis:>10.3g}{p.peak_to_rms:>9.3g}{p.snr_db:>8.1f}{added:>12.5f}"
-        lines.append(f"{p.layer:<7}{p.site:<28}{p.kind:<13}{figures}")
+        lines.append(f"{p.layer:<7}{p.site:<{wide}}{p.kind:<13}{figures}")
     return "\n".join(lines)
 
 
@@ -216,11 +219,18 @@ def plot_diagnosis(diagnosis: Diagnosis) -> Figure:
         figure = Figure(figsize=(9.6, 2.9 * len(kinds)))
         panels = figure.subplots(len(kinds), 2, squeeze=False, sharex=True)
         for (left, right), kind in zip(panels, kinds, strict=True):
-            for site in dict.fromkeys(place.site for place in diagnosis.places if place.kind == kind):
-                line = [place for place in diagnosis.places if (place.kind, place.site) == (kind, site)]
+            of_kind = [place for place in diagnosis.places if place.kind == kind]
+            colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(starred(place.site) for place in of_kind))}
+            named: set[str] = set()
+            for site in dict.fromkeys(place.site for place in of_kind):
+                line, name = [place for place in of_kind if place.site == site], starred(site)
                 layers = [place.layer for place in line]
-                left.plot(layers, [place.kurtosis for place in line], marker="o", label=site.rpartition(".")[2])
-                right.plot(layers, [place.added_loss for place in line], marker="o")
+                # Experts have one colour and one entry in the legend, which their number would fill.
+                look = {"marker": "o", "color": colours[name]}
+                label = (name.partition(".")[2] or name) if name not in named else None
+                left.plot(layers, [place.kurtosis for place in line], label=label, **look)
+                right.plot(layers, [place.added_loss for place in line], **look)
+                named.add(name)
             if max(abs(place.kurtosis) for place in diagnosis.places if place.kind == kind) > 10:
                 left.set_yscale("symlog", linthresh=1.0)  # which has no readable ticks within [-1, 1]
             left.set_ylabel(f"{kind}: excess kurtosis")

@@ -150,7 +150,7 @@ def _measure(setup: _Setup, method: str, settings: Sequence[Bits], progress: Cal
     except UserError as error:
         if method_of(method).calibrated and subject.calibration is None:
             raise UserError(f"method {method} needs text to calibrate on; give --calibration FILE") from None
-        return {bits: f"skipped: {error}" for bits in missing} | notes
+        return dict.fromkeys(missing, f"skipped: {error}") | notes
 
 
 @contextmanager

@@ -80,9 +80,19 @@ def block_of(name: str) -> str:
     return member.group(1)
 
 
+def name_in_block(name: str) -> str:
+    """A site's name inside its block."""
+    return name.removeprefix(block_of(name) + ".")
+
+
+def starred(name: str) -> str:
+    """A name inside a block with a star for the number of an expert."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
+
+
 def inner_name(name: str) -> str:
     """A site's name inside its block, with a star for the number of an expert."""
-    return re.sub(r"\.\d+(?=\.)", ".*", name.removeprefix(block_of(name) + "."))
+    return starred(name_in_block(name))
 
 
 def _role_of(inner_name: str, roles: Mapping[str, Role]) -> Role | None:

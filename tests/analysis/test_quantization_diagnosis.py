@@ -5,16 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
 
+from analysis.probes.kurtosis import excess_kurtosis
 from analysis.quantization_diagnosis import Diagnosis, Place, diagnose, format_diagnosis, plot_diagnosis
 from configs.errors import UserError
 from quant.bits import Bits
+from quant.calibration import observing
+from quant.experts import unpacked_experts
 from quant.fake_quant import fake_quantized
 from quant.fake_weights import quantized_weights
+from quant.integers import fake_asymmetric
 from quant.learned_rotations import LearningSettings
 from quant.methods import Options, quantized
 from quant.perplexity import perplexity_of_rows
 from quant.roles import find_sites
+from tests.quant.tiny import tiny_llama, tokens
 from tests.quant.trained import calibration_rows, held_out_rows, trained_llama
 
 pytestmark = pytest.mark.xdist_group("trained_llama")  # which takes seconds per process
@@ -93,6 +101,45 @@ def test_learned_rotations_are_those_of_the_method_at_these_bits() -> None:
     after = diagnose(model, ROWS, bits, "spinquant+rtn", rows, options)
     with quantized(model, "spinquant+rtn", bits, rows, options):
         assert after.loss_rounded == perplexity_of_rows(model, ROWS).nats_per_token
+
+
+def test_every_expert_has_its_own_name_tails_and_noise() -> None:
+    """Each expert's figures are those of its own matrix and of the tokens that its router gave it."""
+    torch.manual_seed(0)
+    model: Any = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2,
+            bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        )
+    ).eval()  # fmt: skip
+    inputs: dict[str, Tensor] = {}
+    with unpacked_experts(model):
+        found = diagnose(model, ROWS, Bits(4, 4, 16))
+        with observing(find_sites(model), lambda site, x: inputs.update({site.name: x.detach()})), torch.no_grad():
+            model(input_ids=ROWS[:, :-1], use_cache=False)
+        weights = {site.name: site.module.weight.detach() for site in find_sites(model)}
+    keys = [(p.layer, p.site, p.kind) for p in found.places]
+    assert len(keys) == len(set(keys)) == 2 * 2 * (4 + 4 * 2)
+    for expert in range(4):
+        for end in ("gate_up_proj", "down_proj"):
+            one, name = f"mlp.experts.{expert}.{end}", f"model.layers.1.mlp.experts.{expert}.{end}"
+            for kind, of in (("activations", inputs[name]), ("weights", weights[name])):
+                kurtosis, defined = excess_kurtosis(of.float())
+                assert place(found, 1, one, kind).kurtosis == pytest.approx(float(kurtosis[defined].mean()), abs=1e-6)
+            x = inputs[name].double()
+            noise = (fake_asymmetric(inputs[name], 4).double() - x).square().sum()
+            snr = float(10 * torch.log10(x.square().sum() / noise))
+            assert place(found, 1, one, "activations").snr_db == pytest.approx(snr, abs=1e-4)
+    labels = [text.get_text() for text in plot_diagnosis(found).axes[0].get_legend().get_texts()]
+    assert labels == ["q_proj", "k_proj", "v_proj", "o_proj", "experts.*.gate_up_proj", "experts.*.down_proj"]
+
+
+def test_heads_that_only_a_rounded_cache_needs_a_matrix_for_are_explained_without_one() -> None:
+    model, rows = tiny_llama(hidden_size=96), tokens(2, 9)  # heads of 24
+    assert {p.kind for p in diagnose(model, rows, Bits(4, 8, 16)).places} == {"weights", "activations"}
+    with pytest.raises(UserError, match="head_dim 24 is not a power of two"):
+        diagnose(model, rows, Bits(4, 8, 8))
 
 
 def test_nothing_to_round_is_nothing_to_explain() -> None:
