@@ -79,6 +79,9 @@ class _Setup:
         self.text_sha256 = tensor_sha256(subject.text.rows) if subject.text is not None else None
         calibration = subject.calibration
         self.calibration_sha256 = tensor_sha256(calibration) if calibration is not None else None
+        # Experts with a capacity drop tokens by what else is in the batch.
+        limited = any(getattr(module, "capacity_factor", None) is not None for module in subject.model.modules())
+        self.batch = {"batch_size": subject.batch_size} if limited else {}
 
     def key(self, bits: Bits, method: str, what: dict[str, str | None]) -> Key:
         """Everything that a result depends on."""
@@ -88,7 +91,7 @@ class _Setup:
         calibration = {"calibration": self.calibration_sha256} if calibrated else {}
         place = {"bits": str(bits), "method": method} if not bits.is_full else {"bits": str(bits)}
         code = {"code": measuring_sha256(), "versions": versions()}
-        return {"model": self.model_sha256, **place, **rounding, **calibration, **what, **code}
+        return {"model": self.model_sha256, **place, **rounding, **calibration, **self.batch, **what, **code}
 
     def measurements(self, bits: Bits, method: str) -> list[tuple[Key, Callable[[], Any]]]:
         """The key of every result of a setting, and how it is measured on the model as it then is."""

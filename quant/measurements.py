@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -76,8 +79,37 @@ class NotKept(UserError):
     """A result was measured and could not be written."""
 
 
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["measurements"]
+        return [{"key": dict(entry["key"]), "result": entry["result"]} for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: no file of measurements ({type(error).__name__}: {error}); name another") from None
+
+
+def _merged(first: list[dict[str, Any]], then: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries with every key once; the first one counts."""
+    found: dict[str, dict[str, Any]] = {}
+    for entry in (*first, *then):
+        found.setdefault(json.dumps(entry["key"], sort_keys=True), entry)
+    return list(found.values())
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, which the kernel frees when the process ends; where a file system has no locks, hold nothing."""
+    with path.open("w") as handle:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 class Measurements:
     """Results by key, in a file that is replaced whole after each new one (no file: kept in memory only).
+
+    Several processes may write one file: each adds to what is there by then.
 
     Raises:
         UserError: the file is there and is not one of these.
@@ -85,16 +117,7 @@ class Measurements:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.entries: list[dict[str, Any]] = []
-        if path is None or not path.exists():
-            return
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8"))["measurements"]
-            self.entries = [{"key": dict(entry["key"]), "result": entry["result"]} for entry in entries]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(
-                f"{path}: no file of measurements ({type(error).__name__}: {error}); name another"
-            ) from None
+        self.entries: list[dict[str, Any]] = [] if path is None else _read(path)
 
     def get(self, key: Key) -> Any:
         """The result measured under this key, or None."""
@@ -105,16 +128,23 @@ class Measurements:
         """Keep a result; the file is never half written.
 
         Raises:
-            NotKept: it cannot be written.
+            NotKept: it cannot be written, or is no file of measurements any more.
         """
         self.entries.append({"key": json.loads(json.dumps(key)), "result": result})
         if self.path is None:
             return
-        partial = self.path.with_suffix(".partial")
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps({"measurements": self.entries}, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self.path)
+            with _locked(self.path.with_name(f".{self.path.name}.lock")):
+                self.entries = _merged(_read(self.path), self.entries)
+                try:
+                    partial.write_text(json.dumps({"measurements": self.entries}, indent=1) + "\n", encoding="utf-8")
+                    partial.replace(self.path)
+                finally:
+                    partial.unlink(missing_ok=True)
+        except UserError as error:
+            raise NotKept(str(error)) from None
         except OSError as error:
             raise NotKept(
                 f"{self.path}: results cannot be written ({error.strerror}); name another file with --results"

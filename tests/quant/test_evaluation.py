@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import math
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from configs.errors import UserError
+from modeling.config import MesokurtConfig
+from modeling.decoder import MesokurtForCausalLM
 from quant import benchmarks, evaluation
 from quant.benchmark_data import SYNTHETIC, load_task
 from quant.benchmark_tasks import benchmarks_named
@@ -23,7 +27,7 @@ from quant.evaluation import Row, Subject, Text, evaluate
 from quant.evaluation_table import format_table, markdown_table, mean_score, percent, scores
 from quant.fake_quant import fake_quantized
 from quant.ladder import ladder
-from quant.measurements import Measurements, files_sha256, measuring_sha256, model_sha256
+from quant.measurements import Measurements, NotKept, files_sha256, measuring_sha256, model_sha256
 from quant.methods import quantized
 from tests.quant.tiny import tiny_llama, tokens
 from tests.training.data.corpora import VOCAB, small_tokenizer
@@ -94,7 +98,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tokenizer: PreTraine
     assert len(again) == 3 * 3 - 4
     assert not set(seen) & set(again)
     assert evaluate(subject(tokenizer), SETTINGS, ["rtn"], Measurements(file), pytest.fail) == whole
-    assert [path.name for path in file.parent.iterdir()] == ["results.json"]
+    assert {path.name for path in file.parent.iterdir()} == {"results.json", ".results.json.lock"}
 
 
 def test_other_weights_text_documents_and_settings_are_measured_anew(
@@ -222,6 +226,71 @@ def test_results_that_cannot_be_kept_end_the_evaluation(tokenizer: PreTrainedTok
     kept = Measurements(tmp_path / "file" / "results.json")
     with pytest.raises(UserError, match=r"results cannot be written \(.*\); name another file with --results"):
         evaluate(Subject(model(), tokenizer, Text("tokens", tokens(2, 9), 2.5)), SETTINGS, ["rtn"], kept)
+
+
+def test_two_evaluations_on_one_file_keep_what_both_measured(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    one, other = Measurements(file), Measurements(file)
+    one.put({"what": 1}, "first")
+    other.put({"what": 2}, "second")
+    one.put({"what": 3}, "third")
+    other.put({"what": 1}, "measured twice")
+    kept = Measurements(file)
+    assert [kept.get({"what": n}) for n in (1, 2, 3)] == ["first", "second", "third"]
+    assert len(kept.entries) == 3
+
+
+def _put_many(file: Path, name: str, count: int) -> None:
+    kept = Measurements(file)
+    for index in range(count):
+        kept.put({"by": name, "index": index}, index)
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
+    file, context, count = tmp_path / "results.json", multiprocessing.get_context("fork"), 60
+    writers = [context.Process(target=_put_many, args=(file, name, count)) for name in ("a", "b", "c")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    kept = Measurements(file)
+    assert len(kept.entries) == 3 * count
+    assert all(kept.get({"by": name, "index": i}) == i for name in "abc" for i in range(count))
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", ".results.json.lock"}
+
+
+def test_results_are_kept_where_the_file_system_has_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    Measurements(tmp_path / "results.json").put({"what": 1}, 0.5)
+    assert Measurements(tmp_path / "results.json").get({"what": 1}) == 0.5
+
+
+def test_a_file_that_was_broken_meanwhile_ends_the_evaluation_and_stays(tmp_path: Path) -> None:
+    kept = Measurements(tmp_path / "results.json")
+    (tmp_path / "results.json").write_text("somebody's notes")
+    with pytest.raises(NotKept, match=r"results.json: no file of measurements"):
+        kept.put({"what": 1}, 0.5)
+    assert (tmp_path / "results.json").read_text() == "somebody's notes"
+
+
+@pytest.mark.parametrize(("capacity", "measured"), [(None, 0), (0.5, 2)])
+def test_results_depend_on_the_batch_size_where_experts_have_a_capacity(
+    capacity: float | None, measured: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    ffn = {"name": "moe", "options": {"experts": 4, "active": 2, "capacity_factor": capacity}}
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    moe = MesokurtForCausalLM(MesokurtConfig(vocab_size=VOCAB, max_position_embeddings=64, ffn=ffn, **shape)).eval()
+    rows = torch.randint(0, VOCAB, (4, 33), generator=torch.Generator().manual_seed(1))
+    one, kept, again = Subject(moe, tokenizer, Text("tokens", rows, 2.5)), Measurements(None), list[str]()
+    first = evaluate(one, SETTINGS[:1], ["rtn"], kept)
+    other = evaluate(replace(one, batch_size=1), SETTINGS[:1], ["rtn"], kept, again.append)
+    assert len(again) == measured
+    assert (other != first) == bool(measured)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"measurements": [1]}', '{"measurements": [{"key": 3}]}', "\ufeff"])
