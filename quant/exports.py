@@ -14,7 +14,7 @@ from quant.export_code import export_code
 from quant.export_hf import export_hf, load_trained
 from quant.export_int4 import check_method, export_int, require_compressed_tensors
 from quant.methods import Options
-from quant.model_card import Written, read_run_files, write_card
+from quant.model_card import Written, origin_of, read_run_files, write_card, write_origin
 from quant.perplexity import Rows
 
 
@@ -116,5 +116,7 @@ def export(format_name: str, source: Path, out: Path, wish: Wish) -> Exported:
         UserError: what the format cannot express or check, in one line.
     """
     done = FORMATS[format_name](source, out, wish)
-    write_card(out, wish.name, wish.license, done.written, read_run_files(wish.run_dir, source))
+    files = read_run_files(wish.run_dir, source)
+    write_origin(out, origin_of(files.config, source))
+    write_card(out, wish.name, wish.license, done.written, files)
     return done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,13 +13,16 @@ from typing import Any
 import yaml
 
 from configs.errors import UserError
-from configs.loading import load_config
+from configs.loading import MAY_CHANGE, load_config, to_tree
 from configs.schema import RunConfig, Source
 from quant.benchmarks import Score
 from quant.bits import Bits
 from quant.evaluation import Row
 from quant.evaluation_table import markdown_table, notes
 from quant.export_folder import weight_bytes
+from quant.save_quantized import RECORD
+
+ORIGIN = "mesokurt.json"  # which transformers does not look at
 
 NEEDS = {
     "hf": "transformers",
@@ -39,7 +43,7 @@ class Written:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run directory knows of a checkpoint, `step` updates old; empty where it does not."""
+    """What a run directory knows of a checkpoint, `step` updates old; empty (and None) where it does not."""
 
     config: RunConfig | None = None
     at_the_end: Mapping[str, Any] = field(default_factory=dict)
@@ -74,27 +78,72 @@ def _last_values(path: Path, step: int | None) -> dict[str, Any]:
     return values
 
 
+def _run_sha256(config: RunConfig) -> str:
+    """What of a run's config stays as long as it is the same run."""
+    kept = {
+        f"{section}.{key}": value
+        for section, values in to_tree(config).items()
+        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+        if not f"{section}.{key}".startswith(MAY_CHANGE)
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def origin_of(config: RunConfig | None, source: Path) -> dict[str, Any]:
+    """Which checkpoint of the run with this config lies at `source`: its name, its step and the run; empty where that is not known.
+
+    A checkpoint tells by its trainer.json, an export of one by the record that was written with it. What was quantized is no
+    checkpoint any more.
+    """
+    if config is None or (source / RECORD).exists():
+        return {}
+    run = _run_sha256(config)
+    progress = _object(source / "trainer.json").get("progress")
+    step = progress.get("step") if isinstance(progress, dict) else None
+    if isinstance(step, int):
+        return {"checkpoint": source.name, "step": step, "run": run}
+    told = _object(source / ORIGIN)
+    known = isinstance(told.get("step"), int) and isinstance(told.get("checkpoint"), str)
+    return told if known and told.get("run") == run else {}
+
+
+def write_origin(folder: Path, origin: Mapping[str, Any]) -> None:
+    """Say in an exported folder which checkpoint it was made of, for an export made of that; nothing where that is not known.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if not origin:
+        return
+    try:
+        (folder / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder / ORIGIN}: cannot be written ({error.strerror})") from None
+
+
 def read_run_files(run_dir: Path | None, checkpoint: Path | None = None) -> RunFiles:
-    """The files of a run directory that a card needs; of one checkpoint, if that tells its step, without what was measured on others."""
+    """The files of a run directory that a card needs: all of them, or what belongs to the checkpoint that a folder is known to be of."""
     if run_dir is None or not (run_dir / "config.yaml").is_file():
         return RunFiles()
     try:
         config = load_config(run_dir / "config.yaml")
     except UserError:
         config = None
-    progress = None if checkpoint is None else _object(checkpoint / "trainer.json").get("progress")
-    step = progress.get("step") if isinstance(progress, dict) else None
     end, evaluated = (_object(run_dir / name) for name in ("evaluation.json", "evaluate.json"))
-    if checkpoint is None or not isinstance(step, int):
-        return RunFiles(config, end, evaluated, _last_values(run_dir / "metrics.jsonl", None))
+    if checkpoint is None:
+        steps = None if config is None else config.train.steps
+        return RunFiles(config, end, evaluated, _last_values(run_dir / "metrics.jsonl", None), steps)
+    origin = origin_of(config, checkpoint)
+    if not origin:
+        return RunFiles(config)
     end, evaluated = (
-        table if Path(str(table.get("checkpoint"))).name == checkpoint.name else {} for table in (end, evaluated)
+        table if Path(str(table.get("checkpoint"))).name == origin["checkpoint"] else {} for table in (end, evaluated)
     )
-    return RunFiles(config, end, evaluated, _last_values(run_dir / "metrics.jsonl", step), step)
+    return RunFiles(config, end, evaluated, _last_values(run_dir / "metrics.jsonl", origin["step"]), origin["step"])
 
 
 def _rows(found: Mapping[str, Any]) -> list[Row]:
-    """The rows of a stored table; ones that are not readable are left out."""
+    """The rows of a stored table, full precision once; ones that are not readable are left out."""
     rows: list[Row] = []
     ladder = found.get("ladder")
     for entry in ladder if isinstance(ladder, list) else []:
@@ -105,7 +154,9 @@ def _rows(found: Mapping[str, Any]) -> list[Row]:
             rows.append(Row(Bits.parse(entry["bits"]), method, **numbers, tasks=tasks, note=entry.get("note") or ""))
         except (UserError, TypeError, KeyError, AttributeError):
             continue
-    return rows
+    full = [row for row in rows if row.bits.is_full]  # the same by every method
+    shown = next((row for row in full if row.measured), full[0] if full else None)
+    return [row for row in rows if not row.bits.is_full or row is shown]
 
 
 def _table(title: str, found: Mapping[str, Any]) -> list[str]:
@@ -157,13 +208,17 @@ def _training(files: RunFiles) -> list[str]:
             "The export was made from a folder without its run directory: how it was trained is not known here.",
             "",
         ]
-    step = config.train.steps if files.step is None else files.step
-    tokens = step * config.train.global_batch * config.model.context
-    planned = "" if step == config.train.steps else f" of {config.train.steps:,}"
+    done = {}
+    if files.step is not None:
+        tokens = files.step * config.train.global_batch * config.model.context
+        planned = "" if files.step == config.train.steps else f" of {config.train.steps:,}"
+        done = {
+            "steps": f"{files.step:,}{planned}",
+            "tokens": f"{tokens:,} ({config.train.global_batch} sequences of {config.model.context} per step)",
+        }
     sources = ", ".join(dict.fromkeys(map(_source, config.data.sources)))
     facts = {
-        "steps": f"{step:,}{planned}",
-        "tokens": f"{tokens:,} ({config.train.global_batch} sequences of {config.model.context} per step)",
+        **done,
         "data": sources,
         "optimizer": f"{config.optim.name}, peak learning rate {config.optim.lr:g}, schedule {config.optim.schedule.name}",
         "norm, embedding": f"{config.model.norm.name}, {config.model.embedding.name}",

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quant.model_card import RunFiles, Written, model_card, read_run_files
+from configs.loading import load_config
+from quant.model_card import RunFiles, Written, model_card, origin_of, read_run_files, write_origin
 from tests.tiny_run import tiny_yaml
 
 WRITTEN = Written("compressed-tensors", "W4A16 by gptq, reloads", {"weights": "INT4"})
@@ -85,6 +86,81 @@ def test_an_earlier_checkpoint_has_its_own_step_and_nothing_that_was_measured_on
     assert "at the last probe: 0.50" in last
     assert "at the end of training" in last
     assert "`mesokurt evaluate` on" not in last
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of 6 steps with a table, an evaluation and a checkpoint of step 2, and one of its last step."""
+    run = tmp_path / "run"
+    for step in (2, 6):
+        (run / "checkpoints" / f"step-{step}").mkdir(parents=True)
+        progress = json.dumps({"progress": {"step": step}})
+        (run / "checkpoints" / f"step-{step}" / "trainer.json").write_text(progress)
+    (run / "config.yaml").write_text(tiny_yaml(tmp_path, corpus=False).read_text())
+    (run / "evaluation.json").write_text(json.dumps({"ladder": LADDER, "checkpoint": "step-6"}))
+    (run / "evaluate.json").write_text(json.dumps({"ladder": LADDER, "checkpoint": "step-6"}))
+    (run / "metrics.jsonl").write_text('{"step": 2, "kurtosis/resid": 9.0}\n{"step": 6, "kurtosis/resid": 0.5}\n')
+    return run
+
+
+def exported(run: Path, step: int, name: str) -> Path:
+    """An export folder inside the run that says of which checkpoint it is."""
+    out = run / "export" / name
+    out.mkdir(parents=True)
+    write_origin(out, origin_of(load_config(run / "config.yaml"), run / "checkpoints" / f"step-{step}"))
+    return out
+
+
+def test_an_export_inside_the_run_gets_the_figures_of_its_own_checkpoint(folder: Path, run: Path) -> None:
+    early, late = exported(run, 2, "early"), exported(run, 6, "late")
+    for source, steps, kurtosis in ((early, "| steps | 2 of 6 |", "9.00"), (late, "| steps | 6 |", "0.50")):
+        card = model_card(folder, "tiny", "unknown", WRITTEN, read_run_files(run, source))
+        assert steps in card
+        assert f"at the last probe: {kurtosis}" in card
+        assert [title in card for title in ("at the end of training", "`mesokurt evaluate` on benchmarks")] == [
+            source is late
+        ] * 2
+
+
+def without_figures(card: str) -> bool:
+    return (
+        "| steps |" not in card
+        and "| tokens |" not in card
+        and "at the last probe" not in card
+        and not re.search(r"^\| \d+-\d+-\d+", card, re.M)
+        and "Nothing was measured" in card
+    )
+
+
+def test_a_folder_of_unknown_origin_inside_the_run_gets_no_figures(folder: Path, run: Path) -> None:
+    unknown, foreign, quantized = run / "export" / "unknown", exported(run, 6, "foreign"), exported(run, 6, "quantized")
+    unknown.mkdir()
+    told = json.loads((foreign / "mesokurt.json").read_text())
+    (foreign / "mesokurt.json").write_text(json.dumps({**told, "run": "0" * 64}))
+    (quantized / "quantization.json").write_text("{}")
+    for source in (unknown, foreign, quantized):
+        card = model_card(folder, "tiny", "unknown", WRITTEN, read_run_files(run, source))
+        assert without_figures(card), source
+        assert "| optimizer |" in card
+
+
+def test_a_renamed_run_knows_its_exports(folder: Path, run: Path) -> None:
+    late = exported(run, 6, "late")
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(
+        text.replace("name: tiny", "name: renamed").replace("steps: 6", "steps: 6, log_every: 3")
+    )
+    assert read_run_files(run, late).step == 6
+
+
+def test_full_precision_is_one_row_however_many_methods(folder: Path) -> None:
+    full = [{**LADDER[0], "method": method} for method in ("rtn", "gptq", "quarot")]
+    unmeasured = {**LADDER[0], "loss": None, "perplexity": None, "ratio": None, "bits_per_byte": None}
+    for rows in ([*full, LADDER[1]], [unmeasured, *full, LADDER[1]]):
+        card = model_card(folder, "x", "unknown", WRITTEN, RunFiles(at_the_end={"ladder": rows}))
+        assert card.count("| 16-16-16 |") == 1
+        assert "| 16-16-16 | - | 3.2500 |" in card
+        assert "| 4-4-4 | gptq | 3.5000 |" in card
 
 
 def test_without_a_run_the_card_says_what_is_not_known(folder: Path, tmp_path: Path) -> None:
