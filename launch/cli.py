@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from configs.errors import run_or_exit
+from launch.json_text import json_text
 
 COMMANDS = {
     "pretrain": "train (or resume) a run, then evaluate, export and report it",
@@ -64,15 +63,6 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
     return arguments
 
 
-def without_nan(value: Any) -> Any:
-    """With null for every number that is not finite: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; exit code 0, 1 (failed) or 2 (wrong command line or config)."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -88,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         with contextlib.redirect_stdout(sys.stderr):
             result, code = arguments.run(arguments)
-        print(json.dumps(without_nan(result), default=str, allow_nan=False))
+        print(json_text(result))
         return code
 
     return run_or_exit(command, arguments.debug)

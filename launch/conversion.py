@@ -63,8 +63,8 @@ def find_checkpoint(where: str, step: int | None) -> tuple[Path, Path | None]:
         source = resolve(folder)
     except FileNotFoundError as error:
         raise UserError(str(error)) from None
-    run = source.parent.parent
-    return source, run if (run / "config.yaml").is_file() and source.parent.name == "checkpoints" else None
+    run = source.resolve().parent.parent  # a relative path need not have these parents
+    return source, run if (run / "config.yaml").is_file() and run / "checkpoints" == source.resolve().parent else None
 
 
 def text_rows(request: Request, model: PreTrainedModel, source: Path, run: Path | None) -> Tensor:
@@ -74,7 +74,7 @@ def text_rows(request: Request, model: PreTrainedModel, source: Path, run: Path 
         UserError: no text is given and the checkpoint belongs to no run.
     """
     window = min(int(model.config.max_position_embeddings), 2048)
-    rows = calibration_rows(str(run or source), request.text, str(source), window, request.rows)
+    rows = calibration_rows(str(run or source), request.text, str(source), window, request.rows, "--text")
     if rows is None:
         raise UserError(f"{source} belongs to no run, so it has no training rows; give --text FILE or --scores weight")
     return rows

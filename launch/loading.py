@@ -57,7 +57,7 @@ def _names(spec: object) -> Iterator[str]:
 
 
 def _named_by_run(folder: Path, name: str) -> bool:
-    run_config = folder.parent.parent / "config.yaml"
+    run_config = folder.resolve().parent.parent / "config.yaml"
     return run_config.is_file() and name in run_config.read_text()
 
 
@@ -117,8 +117,11 @@ DATASETS = {"wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1:test"}
 MORE_TEXT, MORE_OR_SHORTER = "give more text", "give more text or a smaller --window"
 
 
-def text_windows(tokenizer: PreTrainedTokenizerBase, path: Path, window: int, remedy: str = MORE_TEXT) -> Text:
-    """A text file in non-overlapping windows; `remedy` is what the user of the command can do about one that is too short.
+def text_windows(
+    tokenizer: PreTrainedTokenizerBase, path: Path, window: int, remedy: str = MORE_TEXT, option: str = "--text"
+) -> Text:
+    """A text file in non-overlapping windows; `remedy` is what the user of the command can do about one that is too short, `option`
+    what named it.
 
     Raises:
         UserError: the file cannot be read or is shorter than one window.
@@ -126,8 +129,8 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, path: Path, window: int, re
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {path}: cannot be read as UTF-8 text ({error})") from None
-    return _windows(tokenizer, text, window, f"--text {path}", path.name, remedy)
+        raise UserError(f"{option} {path}: cannot be read as UTF-8 text ({error})") from None
+    return _windows(tokenizer, text, window, f"{option} {path}", path.name, remedy)
 
 
 def dataset_windows(tokenizer: PreTrainedTokenizerBase, name: str, window: int) -> Text:
@@ -180,14 +183,17 @@ def held_out_rows(run_dir: str, rows: int) -> Text:
     return Text("held-out rows", store.rows("held_out", np.arange(count)), store.bytes_per_token("held_out"))
 
 
-def calibration_rows(checkpoint: str, path: Path | None, where: str, window: int, rows: int) -> Tensor | None:
-    """At most `rows` rows `[N, window]` to calibrate on: of a text file, else the first training rows of a run directory, else None.
+def calibration_rows(
+    checkpoint: str, path: Path | None, where: str, window: int, rows: int, option: str = "--calibration"
+) -> Tensor | None:
+    """At most `rows` rows `[N, window]` to calibrate on: of a text file (that `option` named), else the first training rows of a run
+    directory, else None.
 
     Raises:
         UserError: the file cannot be read or is too short, or the run's token store is gone.
     """
     if path is not None:
-        return text_windows(load_tokenizer(where), path, window).rows[:rows]
+        return text_windows(load_tokenizer(where), path, window, option=option).rows[:rows]
     saved = Path(checkpoint) / "config.yaml"
     if not saved.is_file():
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from configs.errors import UserError
 
@@ -25,3 +26,16 @@ def check_counts(arguments: argparse.Namespace, *names: str) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"{word(name)} {value}: must be at least 1", exit_code=2)
+
+
+def check_use(arguments: argparse.Namespace, *uses: tuple[str, Any, str]) -> None:
+    """Refuse options that were given and would do nothing; each comes with whether it does something, and what it belongs to.
+
+    Raises:
+        UserError: with exit code 2.
+    """
+    for name, used, needs in uses:
+        value = getattr(arguments, name)
+        given = value is not None and value is not False and value != []
+        if given and not used:
+            raise UserError(f"{word(name)} belongs to {needs}", exit_code=2)

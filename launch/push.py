@@ -43,14 +43,15 @@ def push(folder: Path, repository: str, private: bool = True, dry_run: bool = Fa
     files = files_of(folder)
     for name, size in files.items():
         print(f"{size:>14,}  {name}")
-    kind = "private" if private else "public"
     if dry_run:
+        kind = "private" if private else "public"
         print(f"{len(files)} files, {sum(files.values()):,} bytes would go to {repository} ({kind}); nothing was sent")
         return {"repository": repository, "private": private, "files": files, "sent": False}
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        if private and not api.repo_info(repository).private:
+        found = bool(api.repo_info(repository).private)  # one that was there before stays what it is
+        if private and not found:
             raise UserError(
                 f"--push {repository}: everybody can read this repository; add --public if that is meant", exit_code=2
             )
@@ -63,8 +64,10 @@ def push(folder: Path, repository: str, private: bool = True, dry_run: bool = Fa
             f"--push {repository}: {_reason(error, api)}; {folder} is complete, and mesokurt export {folder} --push {repository}{public} "
             "goes on where it stopped"
         ) from None
-    print(f"uploaded {len(files)} files, {sum(files.values()):,} bytes, to {repository} ({kind})")
-    return {"repository": repository, "private": private, "files": files, "sent": True, "commit": commit.oid}
+    kind = "private" if found else "public"
+    stays = ", as it was: --public changes no repository that is there" if found and not private else ""
+    print(f"uploaded {len(files)} files, {sum(files.values()):,} bytes, to {repository} ({kind}{stays})")
+    return {"repository": repository, "private": found, "files": files, "sent": True, "commit": commit.oid}
 
 
 def _reason(error: Exception, api: HfApi) -> str:

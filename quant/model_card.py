@@ -101,7 +101,7 @@ def origin_of(config: RunConfig | None, source: Path) -> dict[str, Any]:
     progress = _object(source / "trainer.json").get("progress")
     step = progress.get("step") if isinstance(progress, dict) else None
     if isinstance(step, int):
-        return {"checkpoint": source.name, "step": step, "run": run}
+        return {"checkpoint": source.resolve().name, "step": step, "run": run}
     told = _object(source / ORIGIN)
     known = isinstance(told.get("step"), int) and isinstance(told.get("checkpoint"), str)
     return told if known and told.get("run") == run else {}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.errors import UserError
 from modeling.auto import load_whole
@@ -73,12 +73,16 @@ def without_online_rotation(model: PreTrainedModel, prepared: Prepared) -> Tenso
 
 @torch.no_grad()
 def save_quantized(
-    model: PreTrainedModel, expected: Tensor, recorded: dict[str, Any], source: Path | None, out: Path
+    model: PreTrainedModel,
+    expected: Tensor,
+    recorded: dict[str, Any],
+    source: Path | PreTrainedTokenizerBase | None,
+    out: Path,
 ) -> float:
     """Write `model` (from `without_online_rotation`) to `out`; returns the largest relative difference of its reloaded logits.
 
-    Tokenizer files of `source` come along. Nothing is left at `out` unless the reloaded logits are those `expected`. Raises
-    UserError for a folder that exists or cannot be written, and for logits that differ.
+    The tokenizer comes along: the files of the folder `source`, or `source` itself. Nothing is left at `out` unless the reloaded
+    logits are those `expected`. Raises UserError for a folder that exists or cannot be written, and for logits that differ.
     """
     if out.exists():
         raise UserError(f"--out {out} exists already; name a new folder")
@@ -89,8 +93,10 @@ def save_quantized(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_pretrained(partial)
-        if source is not None:
+        if isinstance(source, Path):
             copy_tokenizer(source, partial)
+        elif source is not None:
+            source.save_pretrained(partial)
         (partial / RECORD).write_text(json.dumps(recorded, indent=1, default=str) + "\n")
         difference = relative_difference(sample_logits(load_whole(partial)), expected)
         if not difference < TOLERANCE.get(model.dtype, 1e-4):

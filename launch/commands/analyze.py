@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, UserError
+from launch.options import check_counts, check_use
 
 EXAMPLE = (
     "mesokurt analyze --rotation-test configs/osp-1.4b.yaml    # or: mesokurt analyze runs/quickstart --probes kurtosis"
 )
+ROWS = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", metavar="CKPT", nargs="?", help="run directory, checkpoint, exported folder or Hub name"
     )
-    parser.add_argument("--probes", default="kurtosis", help="comma-separated probes (default: %(default)s)")
+    parser.add_argument("--probes", help="comma-separated probes (default: kurtosis)")
     parser.add_argument(
         "--option",
         action="append",
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an option of every probe, e.g. mode=single_token",
     )
     parser.add_argument("--text", type=Path, help="UTF-8 text to read (default: the run's own held-out rows)")
-    parser.add_argument("--rows", type=int, default=16, help="rows to read (default: %(default)s)")
+    parser.add_argument("--rows", type=int, help=f"rows to read (default: {ROWS})")
     parser.add_argument(
         "--rotation-test", metavar="CONFIG", help="does this config's network and optimizer privilege any channel?"
     )
@@ -36,14 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="instead of probes: per layer, where the activation's inputs lie and the CRReLU eps that EAFO suggests",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the rotation test")
+    parser.add_argument("--seed", type=int, help="seed of the rotation test (default: 0)")
 
 
 def _rotation(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     from configs.loading import load_config
     from launch.rotation import rotation_of_config
 
-    result = rotation_of_config(load_config(arguments.rotation_test), arguments.seed)
+    result = rotation_of_config(load_config(arguments.rotation_test), arguments.seed or 0)
     print(f"{arguments.rotation_test}, reduced to 2 layers of width 32 in float64: {result}")
     faults = [str(fault) for fault in result.faults]
     return {
@@ -109,25 +111,34 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     if arguments.rotation_test:
         if arguments.checkpoint or arguments.search_activation:
             raise ConfigError("analyze: --rotation-test builds the network of its config; give no checkpoint beside it")
+        probing = "an analysis of a checkpoint by probes, not to --rotation-test"
+        check_use(arguments, *((name, False, probing) for name in ("probes", "option", "text", "rows")))
         return _rotation(arguments)
     if not arguments.checkpoint:
         raise ConfigError("analyze: name a checkpoint, or give --rotation-test CONFIG")
     from launch.loading import held_out_rows, load_model, load_tokenizer, text_windows
 
-    if arguments.rows < 1:
-        raise ConfigError(f"--rows {arguments.rows}: must be at least 1")
-    probes = probes_named(arguments.probes, _options(arguments.option), arguments.rows)
+    probing = "an analysis by probes, not to --search-activation"
+    check_use(
+        arguments,
+        ("seed", False, "--rotation-test CONFIG"),
+        ("probes", not arguments.search_activation, probing),
+        ("option", not arguments.search_activation, probing),
+    )
+    check_counts(arguments, "rows")
+    count = arguments.rows or ROWS
+    probes = probes_named(arguments.probes or "kurtosis", _options(arguments.option), count)
     model, folder = load_model(arguments.checkpoint)
     if arguments.text:
         window = min(int(model.config.max_position_embeddings), 2048)
         rows = text_windows(load_tokenizer(folder), arguments.text, window).rows
     else:
-        rows = held_out_rows(arguments.checkpoint, arguments.rows).rows
+        rows = held_out_rows(arguments.checkpoint, count).rows
     if arguments.search_activation:
-        return _search(model, folder, rows[: arguments.rows, :-1])
+        return _search(model, folder, rows[:count, :-1])
     found: dict[str, Any] = {}
     for probe in probes:
-        found |= probe.measure(model, list(rows[: arguments.rows, :-1].split(8)))
+        found |= probe.measure(model, list(rows[:count, :-1].split(8)))
     for key, value in found.items():
         print(f"{key}: {_shown(value)}")
     return {"checkpoint": folder, "found": found}, 0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from launch.options import CALIBRATION_ROWS, check_counts
+from launch.json_text import json_text
+from launch.options import CALIBRATION_ROWS, check_counts, check_use
 
 EXAMPLE = "mesokurt evaluate runs/quickstart --text README.md --bits 4-8-16 4-4-4 --method rtn gptq --tasks all --task-data synthetic"
 RESULTS = "measurements.json"
@@ -57,21 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--results", type=Path, metavar="FILE", help=f"where results are kept and reused (default: {RESULTS} of a run)")
 
 
-def _check_use(arguments: argparse.Namespace, calibrated: bool) -> None:
-    """Refuse options that would do nothing."""
-    a, text = arguments, arguments.text is not None or arguments.dataset is not None
-    for word, value, used, needs in (
-        ("--window", a.window, text or calibrated, "--text, --dataset or a method that calibrates"),
-        ("--rows", a.rows, not (text or a.no_text), "the run's own held-out rows, not to another text"),
-        ("--task-data", a.task_data, a.tasks, "--tasks"),
-        ("--limit", a.limit, a.tasks, "--tasks"),
-        ("--calibration", a.calibration, calibrated, "a method that calibrates, such as gptq"),
-        ("--calibration-rows", a.calibration_rows, calibrated, "a method that calibrates, such as gptq"),
-    ):
-        if value is not None and not used:
-            raise UserError(f"{word} belongs to {needs}", exit_code=2)
-
-
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Print one table, full precision beside each setting."""
     from launch.loading import calibration_rows, load_model, load_tokenizer, stock_form
@@ -90,7 +75,19 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     settings = [Bits.parse(text) for text in arguments.bits] if arguments.bits else list(LADDER)
     methods = list(dict.fromkeys(arguments.method or DEFAULT_METHODS))
     calibrated = any(method.calibrated for method in map(method_of, methods))
-    _check_use(arguments, calibrated)
+    has_text, calibrates = (
+        arguments.text is not None or arguments.dataset is not None,
+        "a method that calibrates, such as gptq",
+    )
+    check_use(
+        arguments,
+        ("window", has_text or calibrated, "--text, --dataset or a method that calibrates"),
+        ("rows", not (has_text or arguments.no_text), "the run's own held-out rows, not to another text"),
+        ("task_data", arguments.tasks, "--tasks"),
+        ("limit", arguments.tasks, "--tasks"),
+        ("calibration", calibrated, calibrates),
+        ("calibration_rows", calibrated, calibrates),
+    )
     benchmarks, source = benchmarks_named(arguments.tasks), arguments.task_data or HUB
     if benchmarks:
         require_harness()
@@ -125,7 +122,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         "environment": environment(),
     }
     if (Path(arguments.checkpoint) / "config.yaml").is_file():  # what model cards show
-        Path(arguments.checkpoint, "evaluate.json").write_text(json.dumps(result, indent=1) + "\n")
+        Path(arguments.checkpoint, "evaluate.json").write_text(json_text(result, indent=1) + "\n")
     asked = [row for row in table if not row.bits.is_full]
     nothing = bool(asked) and not any(row.measured for row in asked)
     return result, int(nothing)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from launch.options import CALIBRATION_ROWS, check_counts, word
+from launch.options import CALIBRATION_ROWS, check_counts, check_use, word
 
 EXAMPLE = "mesokurt export runs/quickstart --format compressed-tensors --method gptq --out exported"
 FORMATS = {
@@ -81,9 +81,14 @@ def _check(arguments: argparse.Namespace) -> None:
     given = [word(name) for name in options if getattr(arguments, name) is not None]
     if arguments.out is None and (given or arguments.format or arguments.license):
         raise UserError("--out DIR is missing: an exported folder is uploaded as it is", exit_code=2)
-    if given and arguments.format != "compressed-tensors":
-        raise UserError(f"{given[0]} belongs to --format compressed-tensors", exit_code=2)
+    packed = arguments.format == "compressed-tensors"
+    check_use(arguments, *((name, packed, "--format compressed-tensors") for name in options))
     check_counts(arguments, "group_size", "calibration_rows")
+    if packed:
+        from quant.methods import method_of
+
+        calibrated = method_of(arguments.method or "rtn").calibrated
+        check_use(arguments, *((name, calibrated, "--method gptq") for name in ("calibration", "calibration_rows")))
 
 
 def _push_again(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -120,7 +125,8 @@ def _wish(arguments: argparse.Namespace, source: Path) -> Any:
     from quant.methods import Options, method_of
     from quant.model_card import read_run_files
 
-    run_dir = next((p for p in (source, *source.parents[:2]) if (p / "config.yaml").is_file()), None)
+    place = source.resolve()  # a relative path need not have the parents that tell its run
+    run_dir = next((p for p in (place, *place.parents[:2]) if (p / "config.yaml").is_file()), None)
     config = read_run_files(run_dir).config
     calibration, method = None, arguments.method or "rtn"
     if method_of(method).calibrated:
@@ -129,7 +135,7 @@ def _wish(arguments: argparse.Namespace, source: Path) -> Any:
         if calibration is None:
             raise UserError(f"--method {method}: nothing to calibrate on; give --calibration FILE")
     return Wish(
-        name=config.run.name if config is not None else source.name,
+        name=config.run.name if config is not None else place.name,
         license=arguments.license or (config.export.license if config is not None else "unknown"),
         method=method,
         bits=arguments.weight_bits or 4,

@@ -131,7 +131,9 @@ def test_every_expert_has_its_own_name_tails_and_noise() -> None:
             noise = (fake_asymmetric(inputs[name], 4).double() - x).square().sum()
             snr = float(10 * torch.log10(x.square().sum() / noise))
             assert place(found, 1, one, "activations").snr_db == pytest.approx(snr, abs=1e-4)
-    labels = [text.get_text() for text in plot_diagnosis(found).axes[0].get_legend().get_texts()]
+    legend = plot_diagnosis(found).axes[0].get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
     assert labels == ["q_proj", "k_proj", "v_proj", "o_proj", "experts.*.gate_up_proj", "experts.*.down_proj"]
 
 

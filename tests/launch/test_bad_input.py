@@ -484,6 +484,13 @@ def model_folder(tmp_path: Path) -> Path:
         (("analyze", "--probes", "kurtosys"), 2, "unknown probe 'kurtosys'; did you mean kurtosis"),
         (("analyze", "--rows", "0"), 2, "--rows 0: must be at least 1"),
         (("analyze", "--rotation-test", "configs/quickstart.yaml"), 2, "give no checkpoint beside it"),
+        (("analyze", "--seed", "0"), 2, "--seed belongs to --rotation-test CONFIG"),
+        (
+            ("analyze", "--search-activation", "--option", "a=b"),
+            2,
+            "--option belongs to an analysis by probes, not to --search-activation",
+        ),
+        (("analyze", "--search-activation", "--probes", "kurtosis"), 2, "--probes belongs to an analysis by probes"),
     ],
 )
 def test_wrong_options_are_told(
@@ -491,6 +498,12 @@ def test_wrong_options_are_told(
 ) -> None:
     command, *options = words
     assert told in refused(command, str(model_folder), *options, code=code)
+
+
+@pytest.mark.parametrize("words", [("--rows", "3"), ("--option", "a=b"), ("--text", "x"), ("--probes", "kurtosis")])
+def test_the_rotation_test_takes_no_options_of_probes(words: tuple[str, ...], refused: Callable[..., str]) -> None:
+    told = refused("analyze", "--rotation-test", "configs/quickstart.yaml", *words, code=2)
+    assert told == f"error: {words[0]} belongs to an analysis of a checkpoint by probes, not to --rotation-test"
 
 
 def test_an_export_does_not_overwrite(model_folder: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

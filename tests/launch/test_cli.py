@@ -15,8 +15,9 @@ import pytest
 from analysis.hooks import KINDS as PROBE_KINDS
 from configs.loading import CONFIG_DIR
 from configs.schema import RunConfig
-from launch.cli import COMMANDS, main, without_nan
+from launch.cli import COMMANDS, main
 from launch.commands.analyze import probes_named
+from launch.json_text import json_text
 from modeling.hooks import KINDS as MODEL_KINDS
 from tests.tiny_run import tiny_yaml
 from training.hooks import KINDS as TRAINING_KINDS
@@ -183,8 +184,8 @@ def test_the_module_runs_as_a_program_and_keeps_standard_output_for_the_object()
 
 
 def test_json_has_null_for_what_is_no_number() -> None:
-    found = without_nan({"a": [1.0, math.nan, (math.inf, 2)], "b": {"c": -math.inf, "d": "nan"}, "e": None})
-    assert json.loads(json.dumps(found, allow_nan=False)) == {
+    found = json_text({"a": [1.0, math.nan, (math.inf, 2)], "b": {"c": -math.inf, "d": "nan"}, "e": None})
+    assert json.loads(found) == {
         "a": [1.0, None, [None, 2]],
         "b": {"c": None, "d": "nan"},
         "e": None,

@@ -113,7 +113,7 @@ def test_an_evaluation_that_measures_nothing_of_what_was_asked_fails(
         (["--window", "16"], 2, "--window belongs to --text, --dataset or a method that calibrates"),
         (["--limit", "3"], 2, "--limit belongs to --tasks"),
         (["--calibration-rows", "3"], 2, "--calibration-rows belongs to a method that calibrates, such as gptq"),
-        (["--method", "gptq", "--calibration", "absent.txt"], 1, "absent.txt: cannot be read"),
+        (["--method", "gptq", "--calibration", "absent.txt"], 1, "--calibration absent.txt: cannot be read"),
     ],
 )  # fmt: skip
 def test_what_is_missing_or_wrong_is_one_line(

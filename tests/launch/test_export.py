@@ -136,6 +136,9 @@ def test_without_a_target_only_an_exported_folder_is_uploaded(
         (["--format", "compressed-tensors", "--group-size", "0"], 2, "--group-size 0: must be at least 1"),
         (["--format", "bnb-nf4", "--method", "gptq"], 2, "--method belongs to --format compressed-tensors"),
         (["--calibration-rows", "8"], 2, "--calibration-rows belongs to --format compressed-tensors"),
+        (["--format", "compressed-tensors", "--calibration", "x.txt"], 2, "--calibration belongs to --method gptq"),
+        (["--format", "compressed-tensors", "--method", "rtn", "--calibration-rows", "8"], 2,
+         "--calibration-rows belongs to --method gptq"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
@@ -147,6 +150,39 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
     assert told in captured.err
     assert len(captured.err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_relative_path_keeps_the_runs_name_licence_and_figures(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    loss = f"{json.loads((run / 'evaluation.json').read_text())['nats_per_token']:.4f}"
+    for where, named in (
+        (run / "checkpoints", checkpoint.name),
+        (checkpoint, "."),
+        (run, f"checkpoints/{checkpoint.name}"),
+    ):
+        monkeypatch.chdir(where)
+        out = tmp_path / f"from-{where.name}"
+        assert main(["export", named, "--out", str(out)]) == 0
+        header, text = card_of(out)
+        assert header["license"] == "apache-2.0"
+        assert "# tiny\n" in text
+        assert loss in text
+
+
+def test_folders_inside_a_run_have_its_figures_only_where_they_are_its_checkpoint(run: Path, tmp_path: Path) -> None:
+    loss = f"{json.loads((run / 'evaluation.json').read_text())['nats_per_token']:.4f}"
+    quantized = run / "quantized"
+    assert main(["quantize", str(run), "--bits", "3-16-16", "--rows", "2", "--out", str(quantized)]) == 0
+    for source, its_own in ((run / "export" / "hf", True), (quantized, False)):
+        out = tmp_path / source.name
+        assert main(["export", str(source), "--format", "compressed-tensors", "--out", str(out)]) == 0
+        header, text = card_of(out)
+        assert header["license"] == "apache-2.0"
+        assert (loss in text) == ("| steps | 3 |" in text) == its_own
+        assert ("Nothing was measured" in text) != its_own
+        assert (out / "mesokurt.json").exists() == its_own
 
 
 def test_gptq_without_a_run_needs_calibration_text(

@@ -105,6 +105,17 @@ def test_a_public_repository_is_not_used_by_accident(folder: Path) -> None:
         assert len(hub.commits) == 1
 
 
+def test_a_private_repository_stays_so_and_is_called_so_whatever_was_asked(folder: Path) -> None:
+    with local_hub() as hub:
+        hub.repositories["user/repo"] = True
+        code, out, err = finished(start(hub, folder, kind="public"))
+        assert code == 0, err
+        assert hub.repositories == {"user/repo": True}
+        assert "to user/repo (private, as it was: --public changes no repository that is there)" in out
+        assert "to user/new (public)" in finished(start(hub, folder, "user/new", kind="public"))[1]
+        assert hub.repositories["user/new"] is False
+
+
 def test_a_refused_token_is_one_line_that_does_not_show_it(folder: Path) -> None:
     """The Hub's own message repeats the token."""
     with local_hub() as hub:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -126,10 +127,11 @@ def test_other_architectures_take_the_same_commands_or_say_what_they_lack(
     name: str, run: Path, others: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = str(run.parent / "corpus" / "000.txt")
-    common = ["--text", text, "--calibration", text, "--window", "16"]
+    common = ["--text", text, "--window", "16"]
     for method in ("rtn", "gptq+hadamard", "quarot"):
         out = tmp_path / method
         words = ["quantize", str(others / name), "--method", method, "--out", str(out), *common]
+        words += [] if method == "rtn" else ["--calibration", text]
         if method == "quarot" and name in NO_ROTATION:
             line = refused(words, capfd)
             assert ("no v_proj" if name == "neox" else "is no pre-norm decoder") in line
@@ -176,6 +178,21 @@ def test_without_text_a_folder_is_still_rounded(
         (["--group-size", "0"], "--group-size 0: must be at least 1"),
         (["--damp", "-1"], "--damp -1.0: must be at least 0"),
         (["--text", "missing.txt"], "--text missing.txt: cannot be read"),
+        (["--method", "gptq", "--calibration", "missing.txt"], "--calibration missing.txt: cannot be read"),
+        (["--calibration", "x"], "--calibration belongs to a method that calibrates, such as gptq"),
+        (["--method", "quarot+rtn", "--calibration-rows", "3"], "--calibration-rows belongs to a method that calibrates"),
+        (["--method", "gptq", "--bits", "16-4-4", "--calibration", "x"], "--calibration belongs to a method that calibrates"),
+        (["--act-order"], "--act-order belongs to GPTQ of weights below 16 bits, as by --method gptq"),
+        (["--method", "quarot+rtn", "--damp", "0.5"], "--damp belongs to GPTQ of weights below 16 bits"),
+        (["--method", "quarot", "--steps", "3"], "--steps belongs to a method that learns rotations, such as spinquant"),
+        (["--rotation", "orthogonal"], "--rotation belongs to a method that rotates, such as quarot"),
+        (["--method", "gptq", "--seed", "0"], "--seed belongs to a method that rotates"),
+        (["--format", "nf4", "--no-clip"], "--no-clip belongs to integer weights below 16 bits"),
+        (["--bits", "16-4-4", "--group-size", "16"], "--group-size belongs to weights below 16 bits"),
+        (["--bits", "16-4-4", "--format", "nf4"], "--format belongs to weights below 16 bits"),
+        (["--bits", "16-4-4", "--asymmetric"], "--asymmetric belongs to weights below 16 bits"),
+        (["--rows", "3"], "--rows belongs to --text FILE or a run directory"),
+        (["--window", "3"], "--window belongs to --text FILE or a method that calibrates"),
     ],
 )  # fmt: skip
 def test_wrong_words_are_one_line(
@@ -184,6 +201,63 @@ def test_wrong_words_are_one_line(
     out = tmp_path / "out"
     assert message in refused(["quantize", str(others / "llama"), "--out", str(out), *words], capfd)
     assert not out.exists()
+
+
+def test_options_that_do_something_are_taken(others: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the model reads four bits " * 200)
+    words = ["quantize", str(others / "llama"), "--method", "spinquant", "--out", str(tmp_path / "out"), "--act-order",
+             "--damp", "0.5", "--steps", "1", "--rotation", "orthogonal", "--seed", "3", "--no-clip", "--calibration", str(text),
+             "--calibration-rows", "4", "--window", "8", "--group-size", "16", "--asymmetric"]  # fmt: skip
+    options = said(words, capfd)["options"]
+    assert options["gptq"] == {"damp": 0.5, "act_order": True}
+    assert (options["rotation"], options["seed"], options["learning"]["steps"]) == ("orthogonal", 3, 1)
+    assert (options["clip"], options["group"], options["symmetric"]) == (False, 16, False)
+
+
+def test_a_model_of_the_hub_brings_its_tokenizer(
+    others: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The Hub is its cache on this machine: what was downloaded before and is used offline."""
+    commit = "0" * 40
+    for name in ("llama", "bare"):
+        repository = tmp_path / f"models--user--{name}"
+        shutil.copytree(others / "llama", repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+    for path in (tmp_path / "models--user--bare").rglob("tokenizer*"):
+        path.unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert said(["quantize", "user/llama", "--out", str(tmp_path / "out")], capfd)["notes"] == []
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (others / "llama", tmp_path / "out"))
+    assert after.encode("the model reads four bits") == before.encode("the model reads four bits")
+    assert after.get_vocab() == before.get_vocab()
+    (note,) = said(["quantize", "user/bare", "--out", str(tmp_path / "bare")], capfd)["notes"]
+    assert note.startswith("user/bare: no tokenizer can be loaded")
+    assert note.endswith("so the folder has none either")
+
+
+def test_what_is_no_number_is_null_in_the_explanation(
+    others: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A matrix of zeros and ones is rounded without error: its signal to noise is infinite."""
+    model = AutoModelForCausalLM.from_pretrained(others / "llama")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight.copy_((weight > 0).to(weight))
+    shutil.copytree(others / "llama", tmp_path / "plain")
+    model.save_pretrained(tmp_path / "plain")
+    text = tmp_path / "text.txt"
+    text.write_text("the model reads four bits " * 40)
+    words = ["--bits", "4-16-16", "--text", str(text), "--window", "16", "--rows", "2", "--no-clip", "--explain"]
+    said(["quantize", str(tmp_path / "plain"), *words, "--out", str(tmp_path / "out")], capfd)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    found = json.loads((tmp_path / "out" / "explain.json").read_text(), parse_constant=refuse)
+    (place,) = [p for p in found["places"] if (p["layer"], p["site"]) == (0, "mlp.up_proj")]
+    assert place["snr_db"] is None
 
 
 def test_a_folder_that_exists_is_left_alone(others: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -282,7 +282,12 @@ def test_results_depend_on_the_batch_size_where_experts_have_a_capacity(
     capacity: float | None, measured: int, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     ffn = {"name": "moe", "options": {"experts": 4, "active": 2, "capacity_factor": capacity}}
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     torch.manual_seed(0)
     moe = MesokurtForCausalLM(MesokurtConfig(vocab_size=VOCAB, max_position_embeddings=64, ffn=ffn, **shape)).eval()
     rows = torch.randint(0, VOCAB, (4, 33), generator=torch.Generator().manual_seed(1))
