@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,11 +81,22 @@ class RotationResult:
         return "\n  - ".join([f"not equivariant ({measured}), broken by:", *parts])
 
 
-def _advance(model: MesokurtForCausalLM, optimizer: torch.optim.Optimizer, loss_fn: Loss, batch: Any) -> float:
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """Within it random draws begin at `seed`: what a layer draws (a router's noise) must not part a network from its twin."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+def _advance(
+    model: MesokurtForCausalLM, optimizer: torch.optim.Optimizer, loss_fn: Loss, batch: Any, step: int
+) -> float:
     """One optimizer step; returns the loss before it."""
     optimizer.zero_grad()
-    loss = loss_fn(model, batch)
-    loss.backward()
+    with _drawing(step):
+        loss = loss_fn(model, batch)
+        loss.backward()
     optimizer.step()
     return float(loss.detach())
 
@@ -105,8 +117,8 @@ def blame(
     twin = rotated_twin(model, rotation)
     optimizer = optimizer_factory(after)
     loss, twin_loss = (
-        _advance(after, optimizer, loss_fn, batch),
-        _advance(twin, optimizer_factory(twin), loss_fn, batch),
+        _advance(after, optimizer, loss_fn, batch, 0),
+        _advance(twin, optimizer_factory(twin), loss_fn, batch, 0),
     )
     if not abs(loss - twin_loss) <= 1e-9 * max(1.0, abs(loss)):
         return [Fault("network", "forward", "", abs(loss - twin_loss))]
@@ -154,11 +166,11 @@ def rotation_test(
     losses, twin_losses = [], []
     for step in range(steps):
         batch = batches[step % len(batches)]
-        losses.append(_advance(model, optimizer, loss_fn, batch))
-        twin_losses.append(_advance(twin, twin_optimizer, loss_fn, batch))
-    with torch.no_grad():
-        losses.append(float(loss_fn(model, batches[0])))
-        twin_losses.append(float(loss_fn(twin, batches[0])))
+        losses.append(_advance(model, optimizer, loss_fn, batch, step))
+        twin_losses.append(_advance(twin, twin_optimizer, loss_fn, batch, step))
+    for network, found in ((model, losses), (twin, twin_losses)):
+        with torch.no_grad(), _drawing(steps):
+            found.append(float(loss_fn(network, batches[0])))
     differences = [abs(a - b) for a, b in zip(losses, twin_losses, strict=True)]
     largest = max(differences) if all(map(math.isfinite, differences)) else math.inf
     return RotationResult(largest, losses, twin_losses, [*norm_faults(model, rotation), *faults])

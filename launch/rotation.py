@@ -54,6 +54,10 @@ def reduced(config: RunConfig) -> RunConfig:
         "context": 16,
     }
     tree["model"] |= {**shape, "vocab_size": 64}
+    ffn = config.model.ffn
+    if ffn.name == "moe" and ffn.options.get("expert_width"):
+        width = min(ffn.options["expert_width"], shape["ffn_width"])
+        tree["model"]["ffn"] = {"name": ffn.name, **ffn.options, "expert_width": width}
     if config.optim.name == "muon":
         tree["optim"]["options"] |= {"ns_dtype": "fp64"}
     tree["train"] |= {"dtype": "fp32", "compile": False, "activation_checkpointing": False}

@@ -80,6 +80,8 @@ class Experts(nn.Module):
     """
 
     residual_writers = ("down_proj",)
+    # Read by the rotation test.
+    residual_axes = {"gate_proj": "reads", "up_proj": "reads", "down_proj": "writes"}  # noqa: RUF012
     group: Any = None
     observer: Callable[[Experts, Tensor, Plan], None] | None = None
 

@@ -50,9 +50,11 @@ class MaskPredictor(nn.Module):
     def __init__(self, width: int, blocks: int, rank: int | None) -> None:
         super().__init__()
         self.narrow: nn.Parameter | None = None
+        self.residual_axes = {"weight": "reads"}  # read by the rotation test
         if rank is not None:
             self.narrow = nn.Parameter(torch.empty(rank, width))
             self.optimizer_roles = {**self.optimizer_roles, "narrow": "router"}
+            self.residual_axes = {"narrow": "reads", "weight": "aside"}
         self.weight = nn.Parameter(torch.empty(blocks, rank or width))
         self.bias = nn.Parameter(torch.empty(blocks))
 

@@ -62,6 +62,7 @@ class SharedGate(nn.Module):
     """
 
     optimizer_roles = {"weight": "router"}  # noqa: RUF012 - read by the optimizer routing
+    residual_axes = {"weight": "reads"}  # noqa: RUF012 - read by the rotation test
 
     def __init__(self, width: int, shared_experts: int) -> None:
         super().__init__()

@@ -71,6 +71,7 @@ class Router(nn.Module):
     bias: Tensor
     share: Tensor
     optimizer_roles = {"weight": "router"}  # noqa: RUF012 - read by the optimizer routing
+    residual_axes = {"weight": "reads"}  # noqa: RUF012 - read by the rotation test
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from modeling.decoder import MesokurtForCausalLM
 from modeling.norms import SSNorm
 from tests.analysis.tiny import decoder, tokens
 from training.hooks import OPTIMIZER
+from training.objectives.loss import Loss
 from training.optim.routed import AdamSettings
 from training.optim.routing import route
 
@@ -173,6 +174,60 @@ def test_the_twin_is_the_same_function_in_another_basis() -> None:
     torch.testing.assert_close(two.logits, one.logits, rtol=1e-12, atol=1e-12)
     for state, rotated in zip(one.hidden_states, two.hidden_states, strict=True):
         torch.testing.assert_close(rotated, state @ rotation.T, rtol=1e-12, atol=1e-12)
+
+
+def moe(router: dict[str, Any], **options: Any) -> dict[str, Any]:
+    return {"name": "moe", "options": {"experts": 4, "active": 2, "router": router, **options}}
+
+
+SPARSE = {
+    "topk": (moe({"name": "topk", "z_loss": 1e-3, "balance": 1e-2}, shared_experts=1), {"router.weight"}),
+    "capacity": (moe({"name": "topk", "score": "sigmoid"}, capacity_factor=0.75, gated=False), {"router.weight"}),
+    "residual": (
+        moe({"name": "residual", "balance": 1e-2}, shared_experts=1, shared_gate=True),
+        {"router.weight", "shared_gate.weight"},
+    ),
+    "dense to sparse": (moe({"name": "dense_to_sparse", "noise": 0.5}), {"router.weight"}),
+    "activation": (moe({"name": "activation_dense_to_sparse"}), {"router.weight"}),
+    "mask": ({"name": "predicted_mask", "options": {"mode": "joint"}}, {"predictor.weight"}),
+    "mask of rank 3": ({"name": "predicted_mask", "options": {"rank": 3, "block": 4}}, {"predictor.narrow"}),
+}
+
+
+def whole_loss(model: MesokurtForCausalLM, batch: Tensor) -> Tensor:
+    """With the layers' own losses, which are all that predictors learn from."""
+    output = model(batch, labels=batch)
+    return Loss.of(output.loss, output.auxiliary).total
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_routers_experts_and_predictors_keep_the_symmetry_under_an_optimizer_that_has_it(name: str) -> None:
+    """Plain gradient descent; the same expert, or mask, is chosen for every token in both bases."""
+    result = rotation_test(
+        lambda: decoder(norm="ssnorm", embedding="plain", ffn=SPARSE[name][0]),
+        lambda m: torch.optim.SGD(m.parameters(), lr=0.3),
+        whole_loss, BATCHES, STEPS, 0,
+    )  # fmt: skip
+    assert result.max_loss_difference < 1e-10
+    assert result.faults == []
+    assert result.losses[0] - result.losses[-1] > 0.1, "nothing was learnt, so nothing was tested"
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_adam_on_the_matrices_that_choose_is_all_that_breaks_it_under_osp(name: str) -> None:
+    """Muon leaves routers and predictors to AdamW, which divides channel by channel."""
+    ffn, blamed_for = SPARSE[name]
+    result = rotation_test(lambda: model_of(OSP, 0, ffn=ffn), optimizer_of(OSP), whole_loss, BATCHES, STEPS, 0)
+    assert abs(result.losses[0] - result.twin_losses[0]) < 1e-10, "the networks must start equal"
+    assert result.max_loss_difference > 1e-5
+    assert {fault.part.partition(".mlp.")[2] for fault in result.faults} == blamed_for
+    assert {(fault.kind, fault.algorithm) for fault in result.faults} == {("update", "adamw")}
+
+
+def test_jitter_on_a_routers_inputs_singles_out_channels_before_any_training() -> None:
+    result = run(OSP, 0, ffn=moe({"name": "topk", "jitter": 0.1}))
+    assert [fault.kind for fault in result.faults] == ["network"]
+    assert not result.equivariant
 
 
 class ClippedNorm(SSNorm):
