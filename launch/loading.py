@@ -177,10 +177,12 @@ def held_out_rows(run_dir: str, rows: int) -> Text:
     saved = Path(run_dir) / "config.yaml"
     if not saved.is_file():
         raise UserError(f"{run_dir} is no run directory, so it has no held-out rows; give --text FILE")
-    store = prepare(load_config(saved))
+    config = load_config(saved)
+    store = prepare(config)
     check_tokenizer(Path(run_dir), store.tokenizer_folder)
     count = min(rows, store.num_rows("held_out"))
-    return Text("held-out rows", store.rows("held_out", np.arange(count)), store.bytes_per_token("held_out"))
+    eod_id = store.eod_id if config.data.document_mask else None
+    return Text("held-out rows", store.rows("held_out", np.arange(count)), store.bytes_per_token("held_out"), eod_id)
 
 
 def calibration_rows(

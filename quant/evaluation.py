@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.errors import UserError
+from modeling.documents import documents_apart
 from quant.benchmark_data import TaskData
 from quant.benchmarks import Score, run_benchmarks
 from quant.bits import FULL, Bits
@@ -26,11 +27,15 @@ FULL_PRECISION = Bits(FULL, FULL, FULL)
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of a text `[N, T]`, each token but a window's first being predicted, and its bytes per token."""
+    """Windows of a text `[N, T]`, each token but a window's first being predicted, and its bytes per token.
+
+    `eod_id`: the token that ends a document, where rows are read with attention inside documents, as the network was trained.
+    """
 
     name: str
     rows: Tensor
     bytes_per_token: float
+    eod_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,11 @@ class Subject:
     calibration: Tensor | None = None
     options: Options = field(default_factory=Options)
     batch_size: int = 8
+
+    @property
+    def eod_id(self) -> int | None:
+        """The text's."""
+        return None if self.text is None else self.text.eod_id
 
 
 @dataclass(frozen=True)
@@ -98,14 +108,20 @@ class _Setup:
         s = self.subject
         found: list[tuple[Key, Callable[[], Any]]] = []
         if s.text is not None:
-            rows = s.text.rows
-            key = self.key(bits, method, {"text": self.text_sha256})
-            found.append((key, lambda: perplexity_of_rows(s.model, rows, s.batch_size).nats_per_token))
+            apart = {} if s.eod_id is None else {"documents_end": str(s.eod_id)}
+            key = self.key(bits, method, {"text": self.text_sha256, **apart})
+            found.append((key, self._loss))
         for data in s.tasks:
             assert s.tokenizer is not None, "benchmarks are text"
             key = self.key(bits, method, {"task": data.task.name, "data": data.sha256})
             found.append((key, self._benchmark(data)))
         return found
+
+    def _loss(self) -> float:
+        s = self.subject
+        assert s.text is not None
+        with documents_apart(s.model, s.eod_id):
+            return perplexity_of_rows(s.model, s.text.rows, s.batch_size).nats_per_token
 
     def _benchmark(self, data: TaskData) -> Callable[[], Any]:
         s = self.subject
@@ -146,7 +162,9 @@ def _measure(setup: _Setup, method: str, settings: Sequence[Bits], progress: Cal
             if not able:
                 return notes
             weights = (subject.model, method, able[0], subject.calibration, subject.options)
-            with prepared_weights(*weights) as prepared:
+            with ExitStack() as stack:
+                with documents_apart(subject.model, subject.eod_id):  # rows to calibrate on, but no benchmarks
+                    prepared = stack.enter_context(prepared_weights(*weights))
                 return notes | _measure_now(setup, method, able, "; ".join(prepared.notes), progress)
     except NotKept:
         raise

@@ -117,6 +117,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     if not arguments.checkpoint:
         raise ConfigError("analyze: name a checkpoint, or give --rotation-test CONFIG")
     from launch.loading import held_out_rows, load_model, load_tokenizer, text_windows
+    from modeling.documents import documents_apart
 
     probing = "an analysis by probes, not to --search-activation"
     check_use(
@@ -131,14 +132,15 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     model, folder = load_model(arguments.checkpoint)
     if arguments.text:
         window = min(int(model.config.max_position_embeddings), 2048)
-        rows = text_windows(load_tokenizer(folder), arguments.text, window).rows
+        text = text_windows(load_tokenizer(folder), arguments.text, window)
     else:
-        rows = held_out_rows(arguments.checkpoint, count).rows
-    if arguments.search_activation:
-        return _search(model, folder, rows[:count, :-1])
-    found: dict[str, Any] = {}
-    for probe in probes:
-        found |= probe.measure(model, list(rows[:count, :-1].split(8)))
+        text = held_out_rows(arguments.checkpoint, count)
+    rows, found = text.rows[:count, :-1], dict[str, Any]()
+    with documents_apart(model, text.eod_id):
+        if arguments.search_activation:
+            return _search(model, folder, rows)
+        for probe in probes:
+            found |= probe.measure(model, list(rows.split(8)))
     for key, value in found.items():
         print(f"{key}: {_shown(value)}")
     return {"checkpoint": folder, "found": found}, 0

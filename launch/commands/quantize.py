@@ -121,16 +121,14 @@ def _check_use(arguments: argparse.Namespace, bits: Any, method: str) -> bool:
     return gptq or learned
 
 
-def _measured_rows(arguments: argparse.Namespace, folder: str, window: int) -> Any:
+def _measured_text(arguments: argparse.Namespace, folder: str, window: int) -> Any:
     """What the loss is measured on, or None where there is nothing."""
     from launch.loading import MORE_OR_SHORTER, held_out_rows, load_tokenizer, text_windows
 
     if arguments.text is not None:
-        return text_windows(load_tokenizer(folder), arguments.text, window, MORE_OR_SHORTER).rows[
-            : arguments.rows or ROWS
-        ]
+        return text_windows(load_tokenizer(folder), arguments.text, window, MORE_OR_SHORTER)
     if (Path(arguments.checkpoint) / "config.yaml").is_file():
-        return held_out_rows(arguments.checkpoint, arguments.rows or ROWS).rows
+        return held_out_rows(arguments.checkpoint, arguments.rows or ROWS)
     if arguments.explain:
         raise UserError("--explain measures losses, and this is no run directory: give --text FILE", exit_code=2)
     return None
@@ -139,6 +137,7 @@ def _measured_rows(arguments: argparse.Namespace, folder: str, window: int) -> A
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Quantize, measure, save; diagnose first where asked."""
     from launch.loading import calibration_rows, load_model, stock_form
+    from modeling.documents import documents_apart
     from quant.bits import Bits
     from quant.experts import unpacked_experts
     from quant.fake_quant import rounded_states
@@ -155,13 +154,14 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     model, note = stock_form(loaded)
     del loaded
     window = arguments.window or min(int(model.config.get_text_config().max_position_embeddings), MOST_TOKENS)
-    rows, calibration = _measured_rows(arguments, folder, window), None
+    text, calibration = _measured_text(arguments, folder, window), None
+    rows = None if text is None else text.rows[: arguments.rows or ROWS]
     if calibrated:
         count = arguments.calibration_rows or CALIBRATION_ROWS
         calibration = calibration_rows(arguments.checkpoint, arguments.calibration, folder, window, count)
         if calibration is None:
             raise UserError(f"{method}: nothing to calibrate on; give --calibration FILE")
-    with unpacked_experts(model, keep=True):
+    with unpacked_experts(model, keep=True), documents_apart(model, text.eod_id if text is not None else None):
         with rounded_states(model, bits, method_of(method).hadamard):
             pass  # what cannot run is refused before the long work
         diagnosis = _diagnosis(model, rows, bits, method, calibration, options) if arguments.explain else None

@@ -58,6 +58,45 @@ def test_a_text_is_scored_by_the_wikitext_protocol(run: Path, capfd: pytest.Capt
     assert found["text"] == {"name": "001.txt", "windows": len(tokens) // 24, "tokens": 24}
 
 
+def test_held_out_rows_are_read_as_the_run_read_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """With documents apart in the training: in its last row, in evaluation.json, in evaluate, quantize and the probes."""
+    words = ["data.document_mask=true", "eval.rows=32", "eval.bits=[16-16-16, 4-8-16]", "export.formats=[]",
+             "probes=[{name: activation_sparsity, rows: 32, p: null}]"]  # fmt: skip
+    assert main(["pretrain", str(tiny_yaml(tmp_path)), *words]) == 0
+    run = str(tmp_path / "run")
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    ended = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    table = evaluated(capfd, run, "--rows", "32", "--bits", "4-8-16", "--method", "rtn")["ladder"]
+    assert (
+        main(
+            [
+                "quantize",
+                run,
+                "--bits",
+                "4-8-16",
+                "--method",
+                "rtn",
+                "--rows",
+                "32",
+                "--out",
+                str(tmp_path / "q"),
+                "--json",
+            ]
+        )
+        == 0
+    )
+    quantized = json.loads(capfd.readouterr().out)
+    assert [row["eval/loss"], table[0]["loss"], quantized["loss_16_bits"]] == pytest.approx(
+        [ended["nats_per_token"]] * 3, abs=1e-5
+    )
+    assert [table[1]["loss"], quantized["loss"]] == pytest.approx([ended["ladder"][1]["loss"]] * 2, abs=1e-5)
+    probe = ["--probes", "activation_sparsity", "--rows", "32", "--option", "p=null", "--json"]
+    assert main(["analyze", run, *probe]) == 0
+    found = json.loads(capfd.readouterr().out)["found"]
+    shares = "activation_sparsity/cett/active"
+    assert found[shares] == pytest.approx(row[shares], abs=1e-5)
+
+
 def test_benchmarks_from_files_stand_beside_the_held_out_loss_and_are_kept(
     run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
