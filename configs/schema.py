@@ -159,8 +159,8 @@ class Source(Section):
     """One source of documents."""
 
     kind: Literal["stdlib", "text", "jsonl", "parquet", "hub"] = "stdlib"
-    """`stdlib`: the running interpreter's standard-library sources; `text`: a file is a document (a single file is cut at blank
-    lines into parts); `jsonl`, `parquet`: a row is one; `hub`: a Hugging Face dataset, streamed."""
+    """`stdlib`: the running interpreter's standard-library sources; `text`: a file is a document (a single file is cut into
+    parts, at blank lines if it has any); `jsonl`, `parquet`: a row is one; `hub`: a Hugging Face dataset, streamed."""
     path: str | None = None
     """File, folder or glob (text, jsonl, parquet), or the dataset's repository (hub)."""
     subset: str | None = None

@@ -58,25 +58,47 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
+def _pieces(handle: IO[bytes], limit: int) -> Iterator[tuple[int, bytes]]:
+    """(number, bytes) of each line; one of more than `limit` bytes comes in pieces, cut behind a space where it has one,
+    else before a character.
+    """
+    number, rest = 1, b""
+    while piece := rest + handle.readline(limit + 1 - len(rest)):
+        cut = len(piece)
+        if cut > limit and not piece.endswith(b"\n"):
+            cut = piece.rfind(b" ") + 1 or _last_character(piece)
+        yield number, piece[:cut]
+        rest = piece[cut:]
+        number += piece.endswith(b"\n")
+
+
+def _last_character(text: bytes) -> int:
+    """Where the last UTF-8 character of `text`, which may be cut short, begins; the end where no character can begin."""
+    starts = (i for i in range(len(text) - 1, len(text) - 5, -1) if text[i] & 0xC0 != 0x80)
+    return next(starts, len(text))
+
+
 def _parts(handle: IO[bytes], part_bytes: int) -> Iterator[tuple[int, bytes]]:
     """(first line, bytes) of pieces of about `part_bytes`, cut after a blank line, or at any line once four times as
-    long.
+    long, or within a line of more than that.
     """
-    lines: list[bytes] = []
-    size, first, number = 0, 1, 0
-    for number, line in enumerate(handle, start=1):
-        lines.append(line)
-        size += len(line)
-        if size >= part_bytes and (not line.strip() or size >= 4 * part_bytes):
-            yield first, b"".join(lines)
-            lines, size, first = [], 0, number + 1
-    if lines:
-        yield first, b"".join(lines)
+    pieces: list[bytes] = []
+    size, first = 0, 0
+    for number, piece in _pieces(handle, 4 * part_bytes):
+        first = first or number
+        pieces.append(piece)
+        size += len(piece)
+        whole = piece.endswith(b"\n")
+        if size >= part_bytes and (not whole or not piece.strip() or size >= 4 * part_bytes):
+            yield first, b"".join(pieces)
+            pieces, size, first = [], 0, 0
+    if pieces:
+        yield first, b"".join(pieces)
 
 
 def text_documents(source: Source, tally: Tally) -> Iterator[Document]:
     """A file is a document. A corpus that is one single file is cut into parts of about 8 KiB, or nothing could be
-    held out.
+    held out; one without line breaks at spaces, into parts of 32 KiB.
 
     Files of many megabytes are cut as well, so that memory stays bounded. A leading byte-order mark is dropped.
     """

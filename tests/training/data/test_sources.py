@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from configs.errors import UserError
 from configs.schema import Source
 from training.data.document import Document, Tally
+from training.data.source_files import PART_BYTES, _parts
 from training.data.sources import documents, fingerprint
 
 
@@ -76,6 +81,57 @@ def test_a_single_file_without_blank_lines_is_cut_at_line_ends(tmp_path: Path) -
     parts = texts(Source(kind="text", path=str(path)))
     assert len(parts) > 1
     assert "".join(parts) == "x = 1\n" * 20_000
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_single_file_without_line_breaks_is_cut_at_spaces(tmp_path: Path, suffix: str) -> None:
+    """As text8, of which nothing could be held out while it was one document."""
+    path = tmp_path / f"text8{suffix}"
+    text = " anarchism originated as a term of abuse" * 10_000
+    path.write_bytes(gzip.compress(text.encode()) if suffix else text.encode())
+    parts = texts(Source(kind="text", path=str(path)))
+    assert "".join(parts) == text
+    assert len(parts) > 10
+    assert all(len(part) <= 4 * PART_BYTES for part in parts)
+    assert all(part.endswith(" ") for part in parts[:-1])
+
+
+@pytest.mark.parametrize("letter", ["x", "\u00e9", "\u6f22", "\U0001f600"])
+def test_a_line_without_spaces_is_cut_between_characters(tmp_path: Path, letter: str) -> None:
+    path = tmp_path / "one.txt"
+    for lead in ("", "a", "ab", "abc"):  # the cut falls on every byte of a character
+        path.write_text(lead + letter * 40_000)
+        parts = texts(Source(kind="text", path=str(path)))
+        assert "".join(parts) == lead + letter * 40_000
+        assert len(parts) > 1
+
+
+def test_bad_bytes_behind_a_long_line_are_named_by_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_bytes(b"one\n" + b"word " * 20_000 + b"\nthree\n" + b"word " * 20_000 + b"\xff\n")
+    assert "long.txt: line 4 is not UTF-8 (byte 0xff)" in error_of(Source(kind="text", path=str(path)))
+
+
+def parts_of_lines(lines: list[bytes], part_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Parts of a file as stores that exist were built from them: whole lines, cut after a blank one or when four times too long."""
+    first, part = 1, b""
+    for number, line in enumerate(lines, start=1):
+        part += line
+        if len(part) >= part_bytes and (not line.strip() or len(part) >= 4 * part_bytes):
+            yield first, part
+            first, part = number + 1, b""
+    if part:
+        yield first, part
+
+
+@given(
+    lines=st.lists(st.text("a \u00e9\r", max_size=29), max_size=60),
+    part_bytes=st.integers(15, 40),  # a line has at most 4 * 15 bytes
+    ended=st.booleans(),
+)
+def test_files_with_lines_are_cut_as_ever(lines: list[str], part_bytes: int, ended: bool) -> None:
+    data = "\n".join(lines).encode() + b"\n" * ended
+    assert list(_parts(io.BytesIO(data), part_bytes)) == list(parts_of_lines(list(io.BytesIO(data)), part_bytes))
 
 
 def test_wikitext_is_read_whole() -> None:
