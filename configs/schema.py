@@ -6,6 +6,7 @@ table (`mesokurt hooks`), or `package.module:Class`, or a mapping `{name: NAME, 
 
 from __future__ import annotations
 
+import os.path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -84,6 +85,7 @@ Hook = Annotated[
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # no shell sees a path in a YAML or behind section.key=
 BitsText = Annotated[str, Field(pattern=r"^([2-8]|16)-([2-8]|16)-([2-8]|16)$")]
 
 
@@ -95,9 +97,9 @@ def hook(name: str, **options: Any) -> Any:
 class RunSection(Section):
     """Where the run lives and what makes it reproducible."""
 
-    dir: str = "runs/default"
-    """Run directory: config, metrics, checkpoints, export and report, relative to the working directory. A YAML that does not say
-    gets runs/ and its own name, with the overrides behind it."""
+    dir: PathText = "runs/default"
+    """Run directory: config, metrics, checkpoints, export and report, relative to the working directory (`~` is the home directory, in
+    every path). A YAML that does not say gets runs/ and its own name, with the overrides behind it."""
     seed: NonNegative = 0
     """Seed of weights (with the parameter's name), data order and held-out probes."""
     name: str = "run"
@@ -161,7 +163,7 @@ class Source(Section):
     kind: Literal["stdlib", "text", "jsonl", "parquet", "hub"] = "stdlib"
     """`stdlib`: the running interpreter's standard-library sources; `text`: a file is a document (a single file is cut into
     parts, at blank lines if it has any); `jsonl`, `parquet`: a row is one; `hub`: a Hugging Face dataset, streamed."""
-    path: str | None = None
+    path: PathText | None = None
     """File, folder or glob (text, jsonl, parquet), or the dataset's repository (hub)."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
@@ -190,7 +192,7 @@ class TokenizerSection(Section):
 
     kind: Literal["sentencepiece", "huggingface"] = "sentencepiece"
     """`sentencepiece`: trained here on the sources, to model.vocab_size; `huggingface`: loaded from `path`."""
-    path: str | None = None
+    path: PathText | None = None
     """huggingface: folder or Hub name. sentencepiece: an existing .model file instead of training one."""
     model_type: Literal["bpe", "unigram"] = "bpe"
     """sentencepiece algorithm."""
@@ -209,7 +211,7 @@ class DataSection(Section):
 
     sources: list[Source] = Field(default_factory=lambda: [Source()], min_length=1)
     tokenizer: TokenizerSection = TokenizerSection()
-    store: str = "runs/store"
+    store: PathText = "runs/store"
     """Folder of token stores; each is built once under a name derived from sources, tokenizer and context."""
     held_out: Fraction = 0.02
     """Share of documents (chosen by content hash, so duplicates stay on one side) kept for validation."""

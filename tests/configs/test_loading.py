@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from configs.errors import ConfigError
 from configs.loading import differences, dump_config, load_config
@@ -263,6 +264,18 @@ def test_long_overrides_give_a_short_folder_that_still_tells_them_apart() -> Non
     )
     assert one.run.dir != other.run.dir
     assert len(one.run.dir) < 40
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.store", "data.tokenizer.path", "data.sources.0.path"])
+def test_a_tilde_is_the_home_directory_in_every_path(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the saved config holds the whole path: another user may read it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    override = "data.sources=[{kind: text, path: ~/mine}]" if "sources" in key else f"{key}=~/mine"
+    config = load_config("quickstart", [override])
+    saved = yaml.safe_load(dump_config(config))
+    for part in key.split("."):
+        saved = saved[int(part)] if part.isdigit() else saved[part]
+    assert saved == str(tmp_path / "mine")
 
 
 def test_differences_name_the_dotted_keys_and_both_values() -> None:

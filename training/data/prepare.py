@@ -63,7 +63,7 @@ def _tokenizer_key(data: DataSection, vocab_size: int, sources: tuple[str, ...])
     if section.path is None:
         content |= {"sources": sources, "held_out": data.held_out, "trainer": sentencepiece.__version__}
     else:
-        path = Path(section.path).expanduser()
+        path = Path(section.path)
         files = [path] if path.is_file() else sorted(path.glob("*.json")) if path.is_dir() else []
         content["files"] = [(file.name, sha256_file(file)) for file in files]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
@@ -74,7 +74,7 @@ def _read_model(section: TokenizerSection) -> Tokenizer:
     if section.kind == "huggingface":
         return load_huggingface(section.path)
     try:
-        return SentencePieceTokenizer(Path(section.path).expanduser().read_bytes(), section.path)
+        return SentencePieceTokenizer(Path(section.path).read_bytes(), section.path)
     except OSError as error:
         raise UserError(f"data.tokenizer.path {section.path}: cannot be read ({error.strerror})") from None
 

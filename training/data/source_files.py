@@ -30,7 +30,7 @@ def local_files(source: Source) -> list[Path]:
         UserError: nothing there.
     """
     assert source.path is not None, "the schema demands a path"
-    path = Path(source.path).expanduser()
+    path = Path(source.path)
     if path.is_file():
         return [path]
     if path.is_dir():
