@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os.path
 import re
 import reprlib
 from collections.abc import Iterator, Sequence
@@ -132,6 +133,11 @@ def _read_tree(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends: must name one config, not {parent!r}")
     return _merge(_read_tree(find_config(parent, beside=path.parent), (*chain, path)), tree)
+
+
+def is_override(word: str) -> bool:
+    """Whether a word of a command line is `section.key=value`: a default run directory has `=` in its name, too."""
+    return "=" in word and not word.startswith("-") and not os.path.isfile(word)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

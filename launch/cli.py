@@ -51,15 +51,20 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """Parse; `section.key=value` words may stand anywhere, also behind options, which argparse alone does not allow."""
+    """Parse; `section.key=value` words may stand anywhere, also behind options, which argparse alone does not allow.
+
+    So may the files of a command that takes several.
+    """
     arguments, rest = parser.parse_known_args(words)
-    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
-    strangers = [word for word in rest if word not in overrides]
+    from configs.loading import is_override  # slow: not before --help is out
+
     place = next((name for name in ("overrides", "files") if hasattr(arguments, name)), None)
-    if strangers or (overrides and place is None):
-        parser.error(f"unrecognized arguments: {' '.join(strangers or overrides)}")
-    if overrides and place is not None:
-        setattr(arguments, place, [*getattr(arguments, place), *overrides])
+    moved = [word for word in rest if is_override(word) or (place == "files" and not word.startswith("-"))]
+    strangers = [word for word in rest if word not in moved]
+    if strangers or (moved and place is None):
+        parser.error(f"unrecognized arguments: {' '.join(strangers or moved)}")
+    if moved and place is not None:
+        setattr(arguments, place, [*getattr(arguments, place), *moved])
     return arguments
 
 

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Validate every file offline, print its size, or print the schema."""
-    from configs.loading import load_config
+    from configs.loading import is_override, load_config
     from configs.schema import RunConfig
 
     if arguments.action == "schema":
@@ -43,8 +43,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
         return schema, 0
     from launch.preflight import check_ranks, describe, describe_forecast, forecast, inspect_config, refuse_if_too_large
 
-    files = [word for word in arguments.files if "=" not in word]
-    overrides = [word for word in arguments.files if "=" in word]
+    overrides = [word for word in arguments.files if is_override(word)]
+    files = [word for word in arguments.files if word not in overrides]
     if not files:
         raise ConfigError("config check: name at least one file")
     ranks = RANKS if arguments.ranks is None else arguments.ranks

@@ -210,6 +210,30 @@ def test_overrides_of_config_check_may_stand_behind_options(capfd: pytest.Captur
     assert object_printed(capfd)["configs"]["quickstart"]["tokens"] == 7 * 16 * 256
 
 
+@pytest.mark.parametrize(
+    "words", [("FILE", "train.steps=7"), ("train.steps=7", "FILE"), ("--ranks", "2", "FILE", "train.steps=7")]
+)
+def test_a_file_in_a_folder_with_an_equals_sign_is_no_override(
+    words: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As the saved config of a variant is, whose run directory is named after its overrides."""
+    folder = tmp_path / "tiny-train.steps=20"
+    folder.mkdir()
+    saved = str(tiny_yaml(tmp_path).rename(folder / "config.yaml"))
+    assert main(["config", "check", *(saved if word == "FILE" else word for word in words), "--json"]) == 0
+    assert object_printed(capfd)["configs"][saved]["tokens"] == 7 * 4 * 32
+
+
+def test_a_file_with_an_equals_sign_overrides_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "steps=20.yaml").touch()
+    assert exit_code("data", "prepare", "quickstart", "--json", str(tmp_path / "steps=20.yaml")) == 2
+    assert f"unrecognized arguments: {tmp_path / 'steps=20.yaml'}" in capfd.readouterr().err
+
+
+def test_an_override_may_be_longer_than_a_file_name(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "check", "quickstart", f"run.name={'n' * 5000}", "--json"]) == 0
+
+
 def test_a_run_that_is_asked_to_stop_saves_and_says_so_by_its_exit_code(tmp_path: Path) -> None:
     path = tiny_yaml(tmp_path)
     words = ["pretrain", str(path), "train.steps=100000", "checkpoint.every=null", "train.log_every=1", "probes=[]"]
