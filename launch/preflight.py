@@ -158,10 +158,17 @@ def _changes(config: RunConfig, ranks: int) -> Iterator[dict[str, Any]]:
     if ranks > 1 and config.parallel.expert == 1:
         for stage in range(config.parallel.zero_stage + 1, 4):
             wanted["parallel.zero_stage"] = stage
+            if stage == 3 and config.train.compile:  # parameters that come and go cannot be compiled
+                wanted["train.compile"] = False
             yield wanted
         if config.parallel.offload == "none":
             wanted["parallel.offload"] = "optimizer"
             yield wanted
+
+
+def _remedy(changes: dict[str, Any]) -> str:
+    """The changes as words of a command line."""
+    return " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
 
 
 def refuse_if_too_large(name: str, config: RunConfig, found: Forecast, ranks: int) -> None:
@@ -180,10 +187,9 @@ def refuse_if_too_large(name: str, config: RunConfig, found: Forecast, ranks: in
         for key, value in changes.items():
             section, _, leaf = key.partition(".")
             tree[section][leaf] = value
-        tree["train"]["compile"] = tree["train"]["compile"] and tree["parallel"]["zero_stage"] < 3
         smaller = config_from_tree(tree, name)
         if Forecast(device, memory.predict(smaller, model, routes, ranks, device), found.step).fits:
-            remedy = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+            remedy = _remedy(changes)
             break
     raise UserError(
         f"{name}: does not fit: {used.peak / GIB:.1f} GiB per rank on {ranks} ranks, {device.name} has {device.memory / GIB:.0f} GiB; "

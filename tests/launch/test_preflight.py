@@ -11,7 +11,7 @@ from configs.loading import load_config
 from launch.cli import main
 from launch.machines import GPUS
 from launch.memory import activation_bytes, predict
-from launch.preflight import forecast, inspect_config, network, refuse_if_too_large
+from launch.preflight import _changes, _remedy, forecast, inspect_config, network, refuse_if_too_large
 from launch.step_time import communicated_bytes
 
 BIG = "osp-1.4b"
@@ -100,14 +100,40 @@ def test_experts_of_other_ranks_keep_what_arrives_and_what_is_weighted() -> None
     )  # the owner's tokens in bfloat16, which grouped products sort anyway
 
 
-def test_what_does_not_fit_is_refused_with_a_remedy_that_fits() -> None:
-    config = load_config(BIG, ["train.micro_batch=64", "train.compile=false"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.micro_batch=64", "train.compile=false"),
+        ("model.layers=192", "train.compile=true"),  # so large that only ZeRO-3 helps, which does not compile
+    ],
+)
+def test_what_does_not_fit_is_refused_with_a_remedy_that_fits(overrides: tuple[str, ...]) -> None:
+    config = load_config(BIG, overrides)
     with pytest.raises(UserError, match=r"does not fit: .* h100 has 79 GiB; try (.*)") as refused:
         refuse_if_too_large(BIG, config, forecast(config, 8, "h100"), 8)
     assert refused.value.exit_code == 1
     remedy = str(refused.value).partition("; try ")[2].split()
-    smaller = load_config(BIG, ["train.micro_batch=64", "train.compile=false", *remedy])
+    smaller = load_config(BIG, [*overrides, *remedy])
     assert forecast(smaller, 8, "h100").fits
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *(f"parallel.zero_stage={stage} train.compile=true" for stage in (0, 1, 2)),
+        "parallel.zero_stage=3",
+        "parallel.zero_stage=0",
+        "parallel.sequence=2",
+        "parallel.expert=2 train.compile=true",
+    ],
+)
+def test_every_change_that_is_suggested_loads(given: str) -> None:
+    """One after the other, as they are tried, and as the words that a person would type."""
+    tried = 0
+    for changes in _changes(load_config("moe-quickstart", given.split()), 2):
+        load_config("moe-quickstart", [*given.split(), *_remedy(changes).split()])
+        tried += 1
+    assert tried > 3
 
 
 def test_the_command_predicts_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
