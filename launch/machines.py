@@ -20,7 +20,7 @@ class Machine:
     Args:
         name: as on the command line.
         memory: usable bytes.
-        flops: dense FLOP/s by `train.dtype`.
+        flops: dense FLOP/s by arithmetic, that of `train.dtype` and of `ns_dtype`.
         link: bytes per second that one device sends while all of a node do.
         base: bytes that the libraries hold before anything is built.
         fraction: share of `flops` that a step's matrix products are assumed to reach.
@@ -36,12 +36,12 @@ class Machine:
     on_host: bool = False
 
 
-# Dense rates, without sparsity; float32 without TF32, torch's default. NVLink: half of the two-way rate.
+# Dense rates, without sparsity; float32 without TF32, torch's default; float64 on tensor cores. NVLink: half of the two-way rate.
 # Base: CUDA context and NCCL buffers.
 GPUS = {
-    "h200": Machine("h200", 139 * GIB, {"bf16": 989e12, "fp32": 67e12}, 450e9, 3 * GIB // 2, 0.4),
-    "h100": Machine("h100", 79 * GIB, {"bf16": 989e12, "fp32": 67e12}, 450e9, 3 * GIB // 2, 0.4),
-    "a100": Machine("a100", 79 * GIB, {"bf16": 312e12, "fp32": 19.5e12}, 300e9, 3 * GIB // 2, 0.5),
+    "h200": Machine("h200", 139 * GIB, {"bf16": 989e12, "fp32": 67e12, "fp64": 67e12}, 450e9, 3 * GIB // 2, 0.4),
+    "h100": Machine("h100", 79 * GIB, {"bf16": 989e12, "fp32": 67e12, "fp64": 67e12}, 450e9, 3 * GIB // 2, 0.4),
+    "a100": Machine("a100", 79 * GIB, {"bf16": 312e12, "fp32": 19.5e12, "fp64": 19.5e12}, 300e9, 3 * GIB // 2, 0.5),
 }
 NAMES = (*GPUS, "cpu")
 
@@ -59,6 +59,7 @@ def machine(name: str, ranks: int, zero: bool) -> Machine:
 
     if zero:
         import deepspeed  # noqa: F401
-    rate = matmul_rate(torch.device("cpu"), torch.float32) / ranks
+    rate, double = (matmul_rate(torch.device("cpu"), dtype) / ranks for dtype in (torch.float32, torch.float64))
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Machine("cpu", total // ranks, {"bf16": rate, "fp32": rate}, 2e9, resident_bytes(), 0.5, on_host=True)
+    flops = {"bf16": rate, "fp32": rate, "fp64": double}
+    return Machine("cpu", total // ranks, flops, 2e9, resident_bytes(), 0.5, on_host=True)

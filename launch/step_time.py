@@ -8,8 +8,11 @@ from configs.schema import RunConfig
 from launch.machines import Machine
 from launch.memory import FLOAT, elements, mixtures, zero_and_owned
 from modeling.decoder import MesokurtForCausalLM
+from modeling.hooks import option_types
 from training.accelerator import accumulation
-from training.optim.newton_schulz import newton_schulz_flops
+from training.hooks import OPTIMIZER
+from training.optim.muon import Muon
+from training.optim.newton_schulz import Form, newton_schulz_flops
 from training.optim.routing import Route
 from training.throughput import flops_per_token
 
@@ -68,8 +71,12 @@ def exchanged_elements(config: RunConfig, model: MesokurtForCausalLM, tokens: fl
     return ways * tokens * places * config.model.width * (spread - 1) / spread
 
 
-def _newton_schulz(routes: list[Route]) -> float:
-    return sum(route.blocks[0] * newton_schulz_flops(*route.blocks[1:]) for route in routes if route.blocks is not None)
+def _newton_schulz(routes: list[Route], steps: int, form: Form) -> float:
+    return sum(
+        route.blocks[0] * newton_schulz_flops(*route.blocks[1:], steps, form)
+        for route in routes
+        if route.blocks is not None
+    )
 
 
 def predict(
@@ -80,10 +87,11 @@ def predict(
     tokens = config.train.global_batch * config.model.context
     passes = 4 / 3 if config.train.activation_checkpointing else 1.0
     shared, owned = zero_and_owned(config, model, routes, ranks)
-    iterations = _newton_schulz(shared) / ranks + _newton_schulz(owned)
+    own = {name: option.default for name, option in option_types(OPTIMIZER, Muon).items()} | config.optim.options
+    iterations = [_newton_schulz(part, own["ns_steps"], own["ns_form"]) for part in (shared, owned)]
     return StepTime(
         compute=tokens * flops_per_token(model, model.config) * passes / rate,
-        newton_schulz=iterations / (machine.flops["bf16"] * machine.fraction),
+        newton_schulz=(iterations[0] / ranks + iterations[1]) / (machine.flops[own["ns_dtype"]] * machine.fraction),
         communication=communicated_bytes(config, model, routes, ranks) / machine.link,
         tokens=tokens,
     )

@@ -136,6 +136,25 @@ def test_every_change_that_is_suggested_loads(given: str) -> None:
     assert tried > 3
 
 
+@pytest.mark.parametrize(
+    ("options", "factor"),
+    [
+        ("{ns_steps: 10}", 2.0),
+        ("{ns_dtype: fp32}", 989 / 67),
+        ("{ns_dtype: fp64, ns_steps: 1}", 989 / 67 / 5),
+        ("{ns_form: gram}", (4 * 30 + 3 * 60) / (4 * 30 + 3 * 90)),
+    ],
+)
+def test_the_time_of_newton_schulz_follows_its_options(options: str, factor: float) -> None:
+    """Per layer 4 matrices m x m and 3 of m x 4m: 30 and 90 m^3 in five steps; by Gram the latter have 16 s + 40 - 6 s = 60, s = 2."""
+
+    def seconds(options: str) -> float:
+        shape = ["model.width=64", "model.ffn_width=256", "model.heads=4", "model.embedding=plain"]
+        return forecast(load_config("quickstart", [*shape, f"optim.options={options}"]), 1, "h100").step.newton_schulz
+
+    assert seconds(options) == pytest.approx(factor * seconds("{}"))
+
+
 def test_the_command_predicts_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "check", BIG, "--ranks", "64", "--gpu", "h100", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["configs"][BIG]["forecast"]
