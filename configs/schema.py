@@ -100,7 +100,7 @@ class RunSection(Section):
     dir: PathText = "runs/default"
     """Run directory: config, metrics, checkpoints, export and report, relative to the working directory (`~` is the home directory, in
     every path). A YAML that does not say gets runs/ and its own name, with the overrides behind it."""
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # NumPy's generator takes no more
     """Seed of weights (with the parameter's name), data order and held-out probes."""
     name: str = "run"
     """Human name, shown in logs, reports and model cards."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.utils import set_seed
 
 from configs.errors import ConfigError
 from configs.loading import differences, dump_config, load_config
@@ -132,6 +133,8 @@ def test_an_unknown_key_at_any_depth_names_the_near_ones(text: str, told: str, t
         ("train: {steps: '8'}", "train.steps: input should be a valid integer (got '8')"),
         ("train: {steps: 8.0}", "train.steps: input should be a valid integer (got 8.0)"),
         ("train: {steps: true}", "train.steps: input should be a valid integer"),
+        ("run: {seed: 4294967296}", "run.seed: input should be less than 4294967296 (got 4294967296)"),
+        ("run: {seed: -1}", "run.seed: input should be greater than or equal to 0"),
         ("train: {steps: 0}", "train.steps: input should be greater than 0 (got 0)"),
         ("train: {compile: 1}", "train.compile: input should be a valid boolean"),
         ("train: {dtype: fp8}", "train.dtype: input should be 'bf16' or 'fp32'"),
@@ -216,6 +219,10 @@ def test_a_hook_given_by_name_gains_options_by_override(tmp_path: Path) -> None:
     path = write(tmp_path, "h.yaml", "optim: {schedule: cosine}\n")
     schedule = load_config(path, ["optim.schedule.final=0.3"]).optim.schedule
     assert schedule == HookSpec(name="cosine", options={"final": 0.3})
+
+
+def test_every_seed_that_the_check_accepts_seeds_a_run() -> None:
+    set_seed(load_config("quickstart", [f"run.seed={2**32 - 1}"]).run.seed)
 
 
 def test_the_last_override_wins() -> None:
