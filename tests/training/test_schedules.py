@@ -32,6 +32,23 @@ def test_constant_is_one_after_the_warm_up() -> None:
     assert [Constant(5, 2)(step) for step in range(5)] == [0.5, 1.0, 1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("kind", [Constant, WSD, Cosine])
+def test_a_run_shorter_than_its_warm_up_ends_on_the_way_up(kind: type[Schedule]) -> None:
+    assert [kind(10, 100)(step) for step in range(10)] == [(step + 1) / 100 for step in range(10)]
+
+
+@given(steps=st.integers(1, 400), share=st.floats(0.0, 1.0), decay=st.floats(0.0, 1.0), final=st.floats(0.0, 1.0))
+def test_a_decay_behind_the_warm_up_is_that_of_the_product_of_both(
+    steps: int, share: float, decay: float, final: float
+) -> None:
+    """Bit for bit: runs that were begun while the factors were multiplied at every step go on as they were."""
+    wsd, cosine = WSD(steps, int(share * steps), decay, final), Cosine(steps, int(share * steps))
+    for schedule in (wsd, cosine) if steps - wsd.decay_steps >= wsd.warmup else (cosine,):
+        for step in range(steps):
+            warm = min(1.0, (step + 1) / schedule.warmup) if schedule.warmup else 1.0
+            assert schedule(step) == warm * schedule.after_warmup(max(step, schedule.warmup))
+
+
 @given(steps=st.integers(1, 400), share=st.floats(0.0, 1.0), kind=st.sampled_from([Constant, WSD, Cosine]))
 def test_factors_stay_in_the_unit_interval_and_every_update_moves(
     steps: int, share: float, kind: type[Schedule]

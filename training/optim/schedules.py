@@ -25,8 +25,7 @@ class Schedule:
 
     def __call__(self, step: int) -> float:
         """Factor on the peak learning rate at `step`."""
-        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        return warm * self.after_warmup(step)
+        return (step + 1) / self.warmup if step < self.warmup else self.after_warmup(step)
 
 
 class Constant(Schedule):
@@ -84,5 +83,5 @@ class Cosine(Schedule):
 
     def after_warmup(self, step: int) -> float:
         """Cosine factor."""
-        progress = min(1.0, max(0.0, (step - self.warmup) / max(1, self.steps - self.warmup)))
+        progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
         return self.final + (1.0 - self.final) * 0.5 * (1.0 + math.cos(math.pi * progress))
