@@ -43,7 +43,8 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         self._open(resumed_step)
         self._wandb = None
-        if importlib.util.find_spec("wandb") is not None:
+        found = importlib.util.find_spec("wandb")
+        if found is not None and found.origin is not None:  # None: a folder of that name, such as wandb leaves
             import wandb
 
             mode = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")

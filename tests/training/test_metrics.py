@@ -91,5 +91,12 @@ def test_tensorboard_gets_the_scalars(tmp_path: Path) -> None:
     assert [event.value for event in board.Scalars("loss")] == pytest.approx([1.0, 0.5, 1 / 3])
 
 
+def test_a_folder_named_wandb_is_not_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As wandb itself leaves it in the working directory, which PYTHONPATH=. makes importable."""
+    (tmp_path / "wandb" / "offline-run-1").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert [row["step"] for row in read_metrics(written(tmp_path, range(1, 3)))] == [1, 2]
+
+
 def test_no_file_is_no_rows(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
