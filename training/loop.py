@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,7 +63,7 @@ class Trainer:
     flops_per_token: float
     peak_flops: float
     _timed_steps: int = 0
-    _clock: float = field(default_factory=time.perf_counter)
+    _clock: float = field(default_factory=lambda: time.perf_counter())
 
     def __post_init__(self) -> None:
         self.losses = LossSums(self.engine, self.progress.unlogged, self.progress.unlogged_steps)
@@ -89,12 +91,14 @@ class Trainer:
             self.write(row)
             self.watchdog.progress()
             if self.guard.hopeless:
-                self.roll_back()
+                with self.untimed():
+                    self.roll_back()
                 continue
             self.writer.reserve()
             stopping = self.engine.any(self.stop.requested or self.writer.failed)
             if stopping or self.due_to_save(index + 1):
-                self.save()
+                with self.untimed():
+                    self.save()
                 self.watchdog.progress()
             if stopping:
                 break
@@ -141,20 +145,32 @@ class Trainer:
             row |= self.training_row(norm)
         quantized = self.config.eval.quantized_every is not None and step % self.config.eval.quantized_every == 0
         if quantized or self.due(step, self.config.eval.every):
-            row |= heldout_loss(self.engine, self.store, self.config)
+            with self.untimed():
+                row |= heldout_loss(self.engine, self.store, self.config)
         if quantized:
-            row |= self.quantized.measure()
+            with self.untimed():
+                row |= self.quantized.measure()
         try:
             for probe, every in self.probes:
                 if self.due(step, every):
-                    row |= self.observe(probe)
+                    with self.untimed():
+                        row |= self.observe(probe)
         except Exception as error:
             self.keep_step(row, error)
             raise
         return row
 
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Leave the time of what is within (evaluations, probes, checkpoints) out of the speed."""
+        if self.engine.device.type == "cuda":  # the step's own work may still be queued
+            torch.cuda.synchronize(self.engine.device)
+        begin = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - begin
+
     def training_row(self, norm: float) -> Row:
-        """Losses (means over ranks and the steps since the last row), learning rate, gradient norm and speed."""
+        """Losses (means over ranks and the steps since the last row), learning rate, gradient norm, and the speed of steps alone."""
         losses = self.losses.take_means()
         now = time.perf_counter()
         seconds = now - self._clock

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +18,13 @@ from modeling.documents import document_ids
 from tests.tiny_run import tiny_config
 from tests.training.engines import Case, small_engine, small_model
 from tests.training.runs import final_tensors, rows, same_tensors, train_in
+from training import loop
+from training.checkpoint_writer import CheckpointWriter
 from training.data.loader import Loader
 from training.data.prepare import prepare
 from training.data.samplers import Shuffled
-from training.heldout import heldout_loss
-from training.loop import probed_rows
+from training.heldout import QuantizedLoss, heldout_loss
+from training.loop import Trainer, probed_rows
 from training.metrics import read_metrics
 from training.signals import StopSignal
 
@@ -45,6 +50,29 @@ def test_every_step_has_a_row_with_the_promised_keys(plain: Path) -> None:
     assert all(promised <= row.keys() for row in found)
     assert [row["tokens"] for row in found] == [step * 4 * 32 for step in range(1, 7)]
     assert {"eval/loss", "eval/bits_per_byte"} <= found[-1].keys()
+
+
+def test_the_speed_is_that_of_the_steps_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which a step takes two seconds, and everything between steps an hour: 4 rows of 32 tokens in 2 s."""
+    now = 0.0
+
+    def takes(seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return work(*args, **options)
+
+        return timed
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(Trainer, "forward_backward", takes(2.0, Trainer.forward_backward))
+    monkeypatch.setattr(Trainer, "observe", takes(3600.0, Trainer.observe))
+    monkeypatch.setattr(QuantizedLoss, "measure", takes(3600.0, QuantizedLoss.measure))
+    monkeypatch.setattr(CheckpointWriter, "save", takes(3600.0, CheckpointWriter.save))
+    monkeypatch.setattr(loop, "heldout_loss", takes(3600.0, heldout_loss))
+    run = train_in(folder, "timed", PROBES, "eval.every=1", "eval.quantized_every=2", "checkpoint.every=1")
+    assert now > 6 * 3 * 3600
+    assert [row["tokens_per_second"] for row in read_metrics(run / "metrics.jsonl")] == [4 * 32 / 2] * 6
 
 
 def test_it_learns_from_a_uniform_start(plain: Path) -> None:
