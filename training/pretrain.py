@@ -80,6 +80,7 @@ def pretrain(config: RunConfig, stop: StopSignal | None = None) -> Path:
     run_dir = RunDirectory(config, main)
     store = prepare(config, progress=main)
     check_tokenizer(run_dir.path, store.tokenizer_folder)
+    run_dir.check_store(store.folder)
     set_seed(config.run.seed)
 
     stop = stop or StopSignal()

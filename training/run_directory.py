@@ -17,6 +17,7 @@ import torch
 from configs.errors import ConfigError, UserError
 from configs.loading import MAY_CHANGE, differences, dump_config, load_config
 from configs.schema import RunConfig
+from training.data.files import write_whole
 
 logger = logging.getLogger("mesokurt")
 PACKAGES = (
@@ -63,6 +64,7 @@ class RunDirectory:
     def __init__(self, config: RunConfig, main_process: bool = True) -> None:
         self.path = Path(config.run.dir)
         self.checkpoints = self.path / "checkpoints"
+        self.main_process = main_process
         self._lock: IO[str] | None = None
         if not main_process:
             return
@@ -91,6 +93,27 @@ class RunDirectory:
             self._lock.close()
             raise
 
+    @property
+    def started(self) -> bool:
+        """Whether a step was made here, or a checkpoint put here."""
+        return (self.path / "metrics.jsonl").exists() or any(self.checkpoints.iterdir())
+
+    def check_store(self, store: Path) -> None:
+        """Warn where a run that has started finds other data than at its start; their store's name says what they hold."""
+        if not self.main_process:
+            return
+        record = self.path / "store.txt"
+        if not (self.started and record.exists()):
+            write_whole(record, f"{store.name}\n".encode())
+        elif (first := record.read_text().strip()) != store.name:
+            logger.warning(
+                "run.dir %s: began with the data of %s and goes on with those of %s, so rows may be read twice or never "
+                "(have files of data.sources changed?); bring the old ones back, or start a new run.dir",
+                self.path,
+                first,
+                store.name,
+            )
+
     def _claim(self, config: RunConfig) -> None:
         saved = self.path / "config.yaml"
         if saved.exists():
@@ -99,8 +122,7 @@ class RunDirectory:
                 for key, old, new in differences(load_config(saved), config)
                 if not key.startswith(MAY_CHANGE)
             ]
-            started = (self.path / "metrics.jsonl").exists() or any(self.checkpoints.iterdir())
-            if changed and started:
+            if changed and self.started:
                 raise ConfigError(
                     f"run.dir {self.path} belongs to a different config ({'; '.join(changed[:3])}); "
                     "choose another run.dir or restore the config"

@@ -14,9 +14,11 @@ import torch
 
 from modeling.folders import checkpoints
 from tests.ranks import run_ranks
-from tests.tiny_run import tiny_yaml
+from tests.tiny_run import tiny_config, tiny_yaml
 from tests.training.engines import forget_accelerator
 from tests.training.runs import NO_FINISH, final_tensors, rows, train_in
+from training.data.prepare import prepare
+from training.data.tokenizer import MODEL_FILE
 from training.engine import Engine
 from training.loop import Trainer
 from training.metrics import Row, read_metrics
@@ -173,3 +175,27 @@ def test_killed_in_mid_run_and_started_again(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
     assert_same_run(folder / "killed", train_in(folder, "whole", *LONGER))
+
+
+def test_going_on_with_other_data_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The tokenizer is given, so that it stays the same when a file of the corpus changes."""
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes((prepare(tiny_config(tmp_path), progress=False).tokenizer_folder / MODEL_FILE).read_bytes())
+    words = (f"data.tokenizer.path={model}", "checkpoint.every=2")
+    run = train_in(tmp_path, "run", *words, stop=StopAfter(2))
+    train_in(tmp_path, "run", *words, stop=StopAfter(1))
+    assert "rows may be read twice" not in caplog.text
+    first = (run / "store.txt").read_text().strip()
+
+    (tmp_path / "corpus" / "000.txt").write_text("the model reads the other way " * 20)
+    train_in(tmp_path, "run", *words, stop=StopAfter(1))
+    told = [record.getMessage() for record in caplog.records if first in record.getMessage()]
+    assert len(told) == 1
+    assert f"run.dir {run}: began with the data of {first} and goes on with those of tokens-" in told[0]
+    assert "rows may be read twice or never" in told[0]
+    assert "start a new run.dir" in told[0]
+
+    caplog.clear()
+    (run / "store.txt").unlink()  # as in a run directory of an earlier version
+    train_in(tmp_path, "run", *words)
+    assert "rows may be read twice" not in caplog.text

@@ -64,6 +64,16 @@ def test_a_folder_whose_run_never_began_may_be_claimed_by_a_mended_config(tmp_pa
     assert load_config(tmp_path / "run" / "config.yaml") == mended
 
 
+def test_a_run_that_never_began_may_take_other_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for store in ("tokens-first", "tokens-second"):
+        RunDirectory(tiny_config(tmp_path)).check_store(tmp_path / store)
+    (tmp_path / "run" / "metrics.jsonl").touch()  # the run has begun
+    RunDirectory(tiny_config(tmp_path)).check_store(tmp_path / "elsewhere" / "tokens-second")
+    assert not caplog.records
+    RunDirectory(tiny_config(tmp_path)).check_store(tmp_path / "tokens-first")
+    assert "began with the data of tokens-second and goes on with those of tokens-first" in caplog.text
+
+
 def test_all_differing_keys_are_named_up_to_three(tmp_path: Path) -> None:
     claimed(tmp_path)
     (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir()  # the run has begun
