@@ -78,12 +78,12 @@ def pretrain(config: RunConfig, stop: StopSignal | None = None) -> Path:
     check_world(config.parallel.expert, ranks.world_size)
     check_sequence(config, ranks.world_size)
     run_dir = RunDirectory(config, main)
-    store = prepare(config, progress=main)
+    stop = stop or StopSignal()
+    store = prepare(config, progress=main, stopped=lambda: stop.requested)
     check_tokenizer(run_dir.path, store.tokenizer_folder)
     run_dir.check_store(store.folder)
     set_seed(config.run.seed)
 
-    stop = stop or StopSignal()
     with Watchdog(run_dir.path, ranks, config.parallel) as watchdog:
         meeting = meet(ranks, config.parallel.timeout_seconds, stop) if ranks.world_size > 1 else None
         if meeting is not None:

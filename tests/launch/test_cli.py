@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -181,6 +183,30 @@ def test_the_module_runs_as_a_program_and_keeps_standard_output_for_the_object()
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 1
     assert json.loads(result.stdout) == RunConfig.model_json_schema()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_asked_to_stop_while_it_builds_its_store_ends_there(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    words = [
+        "data.sources=[{kind: stdlib}]",
+        "data.tokenizer.train_bytes=50000",
+        "model.vocab_size=600",
+        "train.steps=1",
+    ]
+    command = [sys.executable, "-m", "launch.cli", "pretrain", str(tiny_yaml(tmp_path)), *words]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        while not list((tmp_path / "store").glob("tokens-*/tokenizer")) and run.poll() is None:
+            time.sleep(0.02)
+        run.send_signal(number)
+        error = run.communicate(timeout=60)[1]
+    finally:
+        run.kill()
+    assert run.returncode == 75, error
+    assert re.search(r"^error: \S+tokens-\w+: stopped before it was complete; start again to go on$", error, re.M)
+    assert [path.name for path in (tmp_path / "store").glob("tokens-*/state.json")] == ["state.json"]
 
 
 def test_json_has_null_for_what_is_no_number() -> None:

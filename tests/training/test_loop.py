@@ -154,7 +154,7 @@ def test_the_global_batch_does_not_depend_on_the_ranks(world: int, folder: Path,
         assert torch.equal(torch.cat(found), wanted)
 
 
-def test_a_stop_request_ends_the_run_with_a_checkpoint_and_no_finish(folder: Path) -> None:
+def test_a_stop_request_ends_the_run_with_a_checkpoint_and_no_finish(folder: Path, plain: Path) -> None:
     stop = StopSignal()
     stop.requested = True
     run = train_in(folder, "stopped", stop=stop)

@@ -188,6 +188,7 @@ def test_going_on_with_other_data_is_told(tmp_path: Path, caplog: pytest.LogCapt
     first = (run / "store.txt").read_text().strip()
 
     (tmp_path / "corpus" / "000.txt").write_text("the model reads the other way " * 20)
+    prepare(tiny_config(tmp_path, *words), progress=False)  # the run itself is to ask for a stop in its loop only
     train_in(tmp_path, "run", *words, stop=StopAfter(1))
     told = [record.getMessage() for record in caplog.records if first in record.getMessage()]
     assert len(told) == 1

@@ -11,7 +11,8 @@ import numpy as np
 
 from configs.schema import Source
 from training.data.document import Document, Tally
-from training.data.sources import documents
+from training.data.sources import documents, source_name
+from training.data.stopping import Stopped, never, until_stopped
 from training.data.store_format import Split
 from training.data.tokenizer import Tokenizer
 
@@ -54,13 +55,22 @@ def _batches(items: Iterator[tuple[Document, int]]) -> Iterator[list[tuple[Docum
 
 
 def encoded_documents(
-    source: Source, tokenizer: Tokenizer, held_out: float, dtype: np.dtype[np.unsignedinteger], skip: int = 0
+    source: Source,
+    tokenizer: Tokenizer,
+    held_out: float,
+    dtype: np.dtype[np.unsignedinteger],
+    skip: int = 0,
+    stopped: Stopped = never,
 ) -> Iterator[EncodedDocument]:
     """The source's documents after the first `skip`, encoded. Skipped ones are read but not encoded, which is many
     times faster.
+
+    Raises:
+        Interrupted: a stop is requested.
     """
     tally = Tally()
-    counted = ((document, tally.skipped) for document in documents(source, tally))
+    read = until_stopped(documents(source, tally), stopped, f"data source {source_name(source)}")
+    counted = ((document, tally.skipped) for document in read)
     for batch in _batches(islice(counted, skip, None)):
         texts = [document.text for document, _ in batch]
         for text, ids, (_, skipped) in zip(texts, tokenizer.encode_batch(texts), batch, strict=True):

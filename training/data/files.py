@@ -7,13 +7,16 @@ import fcntl
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from configs.errors import UserError
+from training.data.stopping import Interrupted, Stopped, never
 
 logger = logging.getLogger(__name__)
+POLL_SECONDS = 0.5  # between two tries to get a lock that another process holds
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -59,21 +62,33 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
             raise
 
 
+def _lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextmanager
-def build_lock(path: Path) -> Iterator[None]:
+def build_lock(path: Path, stopped: Stopped = never) -> Iterator[None]:
     """Hold the lock file `path`; waits for another holder.
 
     The kernel frees the lock when its process ends, however it ends, so a dead builder never blocks the next one.
+
+    Raises:
+        Interrupted: a stop is requested while another process holds it.
     """
     with explained_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _lock(handle):
             logger.info("%s: another process is building this; waiting for it", path)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            while not _lock(handle):  # asking again and again: a wait in the kernel would go on after a signal
+                if stopped():
+                    raise Interrupted(path.with_suffix(""))
+                time.sleep(POLL_SECONDS)
         yield
     finally:
         os.close(handle)

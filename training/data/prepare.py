@@ -20,6 +20,7 @@ from training.data.encoding import split_of
 from training.data.files import build_lock, explained_write, sha256_file
 from training.data.mixture import interleave
 from training.data.sources import documents, fingerprint, source_name
+from training.data.stopping import Stopped, never, until_stopped
 from training.data.store import TokenStore, open_store
 from training.data.store_build import build_store
 from training.data.store_format import MANIFEST_FILE, StoreSpec, read_json
@@ -79,9 +80,10 @@ def _read_model(section: TokenizerSection) -> Tokenizer:
         raise UserError(f"data.tokenizer.path {section.path}: cannot be read ({error.strerror})") from None
 
 
-def _train(data: DataSection, vocab_size: int, progress: bool) -> Tokenizer:
+def _train(data: DataSection, vocab_size: int, progress: bool, stopped: Stopped) -> Tokenizer:
     started = time.perf_counter()
-    texts = tqdm(training_texts(data), desc="tokenizer sample", unit=" documents", disable=None if progress else True)
+    read = until_stopped(training_texts(data), stopped, "tokenizer")
+    texts = tqdm(read, desc="tokenizer sample", unit=" documents", disable=None if progress else True)
     sample = sample_text(texts, data.tokenizer.train_bytes)
     tokenizer = SentencePieceTokenizer(train_sentencepiece(sample, vocab_size, data.tokenizer.model_type))
     logger.info(
@@ -90,20 +92,26 @@ def _train(data: DataSection, vocab_size: int, progress: bool) -> Tokenizer:
     return tokenizer
 
 
-def prepare_tokenizer(data: DataSection, vocab_size: int, sources: tuple[str, ...], progress: bool = True) -> Path:
+def prepare_tokenizer(
+    data: DataSection, vocab_size: int, sources: tuple[str, ...], progress: bool = True, stopped: Stopped = never
+) -> Path:
     """The folder of the config's tokenizer under `data.store`, made on the first call; `sources` are fingerprints.
 
     Raises:
         UserError: it cannot be trained or loaded, has more ids than `vocab_size`, or its stock version gives other ids.
+        Interrupted: a stop is requested.
     """
     root = Path(data.store)
     folder = root / f"tokenizer-{_tokenizer_key(data, vocab_size, sources)}"
     if (folder / META_FILE).is_file():
         return folder
-    with build_lock(root / f"{folder.name}.lock"):
+    with build_lock(root / f"{folder.name}.lock", stopped):
         if (folder / META_FILE).is_file():
             return folder
-        tokenizer = _train(data, vocab_size, progress) if data.tokenizer.path is None else _read_model(data.tokenizer)
+        if data.tokenizer.path is None:
+            tokenizer = _train(data, vocab_size, progress, stopped)
+        else:
+            tokenizer = _read_model(data.tokenizer)
         if tokenizer.vocab_size > vocab_size:
             raise UserError(
                 f"tokenizer {data.tokenizer.path}: {tokenizer.vocab_size} ids do not fit "
@@ -117,13 +125,14 @@ def prepare_tokenizer(data: DataSection, vocab_size: int, sources: tuple[str, ..
     return folder
 
 
-def prepare(config: RunConfig, progress: bool = True) -> TokenStore:
+def prepare(config: RunConfig, progress: bool = True, stopped: Stopped = never) -> TokenStore:
     """The token store of a config; trains the tokenizer and builds the store when they are not there yet.
 
-    Any number of processes may call this at once: one builds, the others wait for it. A build that was killed is
-    continued.
+    Any number of processes may call this at once: one builds, the others wait for it. A build that was killed, or
+    ended because `stopped` says so, is continued.
 
     Raises:
+        Interrupted: a stop is requested while something is built.
         UserError: a broken source or tokenizer, a full disk, or a damaged store.
     """
     data = config.data
@@ -132,7 +141,7 @@ def prepare(config: RunConfig, progress: bool = True) -> TokenStore:
             f"data.max_tokens {data.max_tokens} is less than one row of model.context {config.model.context}; raise it"
         )
     sources = tuple(fingerprint(source) for source in data.sources)
-    tokenizer_folder = prepare_tokenizer(data, config.model.vocab_size, sources, progress)
+    tokenizer_folder = prepare_tokenizer(data, config.model.vocab_size, sources, progress, stopped)
     meta = read_json(tokenizer_folder / META_FILE, f"delete the folder {tokenizer_folder} and run again")
     spec = StoreSpec(
         context=config.model.context,
@@ -145,7 +154,8 @@ def prepare(config: RunConfig, progress: bool = True) -> TokenStore:
     )
     folder = Path(data.store) / f"tokens-{spec.key()}"
     if not (folder / MANIFEST_FILE).is_file():
-        with build_lock(folder.with_name(folder.name + ".lock")):
+        with build_lock(folder.with_name(folder.name + ".lock"), stopped):
             if not (folder / MANIFEST_FILE).is_file():
-                build_store(folder, spec, data.sources, load_tokenizer(tokenizer_folder), progress)
+                tokenizer = load_tokenizer(tokenizer_folder)
+                build_store(folder, spec, data.sources, tokenizer, progress, stopped=stopped)
     return open_store(folder)

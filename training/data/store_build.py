@@ -21,6 +21,7 @@ from training.data.encoding import EncodedDocument, encoded_documents
 from training.data.files import explained_write, sha256_file, write_whole
 from training.data.mixture import interleave
 from training.data.sources import size_hint, source_name
+from training.data.stopping import Interrupted, Stopped, never
 from training.data.store_format import (
     FORMAT,
     MANIFEST_FILE,
@@ -175,10 +176,10 @@ class _Builder:
 
 
 def _mixture(
-    sources: Sequence[Source], tokenizer: Tokenizer, spec: StoreSpec, state: State
+    sources: Sequence[Source], tokenizer: Tokenizer, spec: StoreSpec, state: State, stopped: Stopped
 ) -> Iterator[tuple[int, EncodedDocument]]:
     streams = [
-        encoded_documents(source, tokenizer, spec.held_out, spec.dtype, skip=drawn.documents)
+        encoded_documents(source, tokenizer, spec.held_out, spec.dtype, drawn.documents, stopped)
         for source, drawn in zip(sources, state.drawn, strict=True)
     ]
     weights = [source.weight for source in sources]
@@ -229,10 +230,14 @@ def build_store(
     tokenizer: Tokenizer,
     progress: bool = True,
     shard_tokens: int = SHARD_TOKENS,
+    stopped: Stopped = never,
 ) -> None:
     """Build or finish the store in `folder`; holds about `shard_tokens` tokens in memory. The caller holds the lock.
 
+    A build that is asked to stop saves what it has; the one that goes on ends in the same rows, cut into other shards.
+
     Raises:
+        Interrupted: a stop is requested.
         UserError: a broken source, a full disk (what is complete is kept), or too little text for one row of a split.
     """
     with explained_write(folder):
@@ -247,12 +252,15 @@ def build_store(
     with tqdm(
         total=total, initial=done, unit="B", unit_scale=True, desc="token store", disable=None if progress else True
     ) as bar:
-        if not builder.full:
-            for index, document in _mixture(sources, tokenizer, spec, state):
+        try:
+            for index, document in () if builder.full else _mixture(sources, tokenizer, spec, state, stopped):
                 builder.add(index, document)
                 bar.update(document.text_bytes)
                 if builder.full:
                     break
+        except Interrupted:
+            builder.commit()
+            raise Interrupted(folder) from None
     builder.commit()
     _demand_rows(state, spec)
     _tell_shares(state, sources)

@@ -16,8 +16,10 @@ from configs.loading import config_from_tree, to_tree
 from configs.schema import DataSection, ModelSection, RunConfig, Source, TokenizerSection
 from tests.training.data.corpora import small_documents, small_tokenizer, write_jsonl
 from training.data.prepare import prepare
-from training.data.tokenizer import load_tokenizer
+from training.data.store_format import MANIFEST_FILE
+from training.data.tokenizer import META_FILE, load_tokenizer
 from training.data.tokenizer_convert import check_same_ids
+from training.signals import REQUEUE_EXIT_CODE
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -112,13 +114,35 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         prepare(config(tmp_path, store=str(tmp_path / "file" / "store")), progress=False)
 
 
+def test_a_stop_is_heard_while_the_tokenizer_and_the_store_are_made(tmp_path: Path) -> None:
+    run, questions = config(tmp_path), 0
+
+    def later() -> bool:
+        nonlocal questions
+        questions += 1
+        return questions > 100  # the 80 documents are read for the tokenizer, then once more
+
+    with pytest.raises(UserError, match=r"tokenizer: stopped .* start again") as caught:
+        prepare(run, progress=False, stopped=lambda: True)
+    assert caught.value.exit_code == REQUEUE_EXIT_CODE
+    assert not list((tmp_path / "store").glob(f"*/{META_FILE}"))
+    with pytest.raises(UserError, match=r"store/tokens-\w+: stopped .* start again") as caught:
+        prepare(run, progress=False, stopped=later)
+    assert caught.value.exit_code == REQUEUE_EXIT_CODE
+    assert not list((tmp_path / "store").glob(f"*/{MANIFEST_FILE}"))
+    store = prepare(run, progress=False)
+    assert store.rows("train", np.arange(4)).equal(
+        prepare(run, False, stopped=lambda: True).rows("train", np.arange(4))
+    )
+
+
 def test_ranks_that_start_together_build_one_store(tmp_path: Path) -> None:
     run = config(tmp_path)
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from configs.loading import config_from_tree\nfrom training.data import prepare as module\n"
         "real = module.build_store\n"
-        "module.build_store = lambda *a: (print('built', end=' '), real(*a))\n"
+        "module.build_store = lambda *a, **k: (print('built', end=' '), real(*a, **k))\n"
         f"print(module.prepare(config_from_tree({to_tree(run)!r}, 'test')).folder)\n"
     )
     ranks = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -30,6 +31,7 @@ from tests.training.data.corpora import CONTEXT, small_documents, small_spec, sm
 from training.data import files
 from training.data.encoding import split_of
 from training.data.files import build_lock
+from training.data.stopping import Interrupted
 from training.data.store import TokenStore, open_store
 from training.data.store_build import build_store
 from training.data.store_format import MANIFEST_FILE, SPLITS, STATE_FILE, Split, StoreSpec
@@ -247,6 +249,38 @@ def _die_at_rename(at: int, after: bool) -> None:
     files.os.replace = dying  # type: ignore[assignment]
 
 
+def test_a_build_asked_to_stop_again_and_again_ends_in_the_same_rows(
+    tmp_path: Path, sources: list[Source], undisturbed: Path
+) -> None:
+    """It stops at the next document and keeps what it has; also while it passes over what it had read before."""
+    folder = tmp_path / "store"
+    left, starts, kept = 0, 0, [0]
+
+    def stopped() -> bool:
+        nonlocal left
+        left -= 1
+        return left < 0
+
+    while not (folder / MANIFEST_FILE).exists():
+        left, starts = 50 * starts - 20, starts + 1
+        assert starts < 20
+        with contextlib.suppress(Interrupted):
+            build_store(folder, small_spec(small_tokenizer()), sources, small_tokenizer(), False, SHARD_TOKENS, stopped)
+        if (folder / STATE_FILE).exists():
+            kept.append(sum(drawn["documents"] for drawn in json.loads((folder / STATE_FILE).read_text())["drawn"]))
+    assert starts > 3
+    assert kept == sorted(kept)
+    assert kept[-1] > 0
+    whole, pieces = open_store(undisturbed), open_store(folder, "full")
+    for split in SPLITS:
+        rows = np.arange(whole.num_rows(split))
+        assert pieces.num_rows(split) == len(rows)
+        assert pieces.rows(split, rows).equal(whole.rows(split, rows))
+        assert dataclasses.replace(pieces.summary(split), shards=[]) == dataclasses.replace(
+            whole.summary(split), shards=[]
+        )
+
+
 def test_a_finished_shard_is_not_encoded_again(
     tmp_path: Path, sources: list[Source], undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,6 +433,23 @@ def test_a_lock_waits_for_the_living_and_not_for_the_dead(tmp_path: Path) -> Non
     assert entered.wait(5)
     waiter.join()
     holder.stdout.close()
+
+
+def test_who_waits_for_a_lock_hears_a_stop(tmp_path: Path) -> None:
+    asked = 0
+
+    def stopped() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 1
+
+    with (
+        build_lock(tmp_path / "tokens-1.lock", stopped),
+        pytest.raises(Interrupted, match=r"tokens-1: stopped before it was complete; start again"),
+        build_lock(tmp_path / "tokens-1.lock", stopped),
+    ):
+        pytest.fail("the lock has a holder")
+    assert asked == 2, "who gets the lock at once is not asked"
 
 
 def test_a_real_process_killed_by_the_clock_is_continued(
