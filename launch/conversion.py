@@ -63,8 +63,11 @@ def find_checkpoint(where: str, step: int | None) -> tuple[Path, Path | None]:
         source = resolve(folder)
     except FileNotFoundError as error:
         raise UserError(str(error)) from None
-    run = source.resolve().parent.parent  # a relative path need not have these parents
-    return source, run if (run / "config.yaml").is_file() and run / "checkpoints" == source.resolve().parent else None
+    place = source.resolve()  # a relative path need not have the parents that tell its run
+    run = place.parent.parent
+    if (run / "config.yaml").is_file() and place.parent.name == "checkpoints":
+        return place, run
+    return source, None
 
 
 def text_rows(request: Request, model: PreTrainedModel, source: Path, run: Path | None) -> Tensor:

@@ -217,6 +217,14 @@ def test_cuts_that_do_not_fit_are_refused_before_anything_is_written(
     assert not (tmp_path / "moe").exists()
 
 
+def test_a_relative_path_knows_its_run(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for where, named in ((dense / "checkpoints", "step-00000003"), (dense / "checkpoints" / "step-00000003", ".")):
+        monkeypatch.chdir(where)
+        out = tmp_path / f"from-{where.name}"
+        assert main(["convert", named, "--experts", "4", "--active", "2", "--steps", "9", "--out", str(out)]) == 0
+        assert load_config(out / "config.yaml").train.steps == 9
+
+
 def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,6 +239,13 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
         ],
         "exists already": [str(dense), *command, str(moe)],
         "no checkpoint of step 5; there are: 3, 6": [str(dense), "--step", "5", *command, str(tmp_path / "c")],
+        "error: --text nowhere.txt: cannot be read": [
+            str(dense),
+            *command,
+            str(tmp_path / "f"),
+            "--text",
+            "nowhere.txt",
+        ],
         "neither a model folder": [str(tmp_path / "none"), *command, str(tmp_path / "d")],
         "give --text FILE or --scores weight": [
             str(_copy(dense, tmp_path)),
