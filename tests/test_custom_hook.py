@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from launch.cli import main
+from launch.loading import load_model
 from tests.tiny_run import tiny_yaml, write_corpus
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "adding_a_hook.md"
@@ -121,7 +122,7 @@ def test_the_catalogue_lists_the_outside_classes_that_a_config_names(
 
 
 def test_a_run_with_an_outside_class_is_evaluated_from_its_directory_but_a_copied_checkpoint_may_not_import(
-    outside: Path, capfd: pytest.CaptureFixture[str]
+    outside: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = [
         str(tiny_yaml(outside)),
@@ -135,6 +136,9 @@ def test_a_run_with_an_outside_class_is_evaluated_from_its_directory_but_a_copie
     run = outside / "run"
     assert main(["evaluate", str(run), "--bits", "16-16-16", "--rows", "4", "--method", "rtn"]) == 0
     checkpoint = next((run / "checkpoints").iterdir())
+    with monkeypatch.context() as there:  # as a person would who looks at its checkpoints
+        there.chdir(run / "checkpoints")
+        assert load_model(checkpoint.name)[1] == checkpoint.name
     checkpoint.rename(outside / "copied")
     capfd.readouterr()
     for command in (["evaluate"], ["export", "--out", str(outside / "out")]):
