@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -57,21 +57,21 @@ def heldout_loss(engine: Engine, store: TokenStore, config: RunConfig) -> dict[s
 class QuantizedLoss:
     """`eval/loss@W-A-KV` during training: round to nearest, weights as they pass, nothing of the training touched.
 
-    `obstacle` says in one line why a network has no such loss; nothing is measured then.
+    `obstacle` says in one line at which setting the network has no such loss, and why; the other settings are measured.
     """
 
     def __init__(self, config: RunConfig, engine: Engine, store: TokenStore) -> None:
         self.engine, self.store, self.config = engine, store, config
-        self.settings: Sequence[Bits] = [Bits.parse(text) for text in config.eval.quantized_bits]
+        self.settings: list[Bits] = []
         self.obstacle = ""
         if config.eval.quantized_every is None:
             return
-        try:
-            for bits in self.settings:
+        for bits in map(Bits.parse, config.eval.quantized_bits):
+            try:
                 with self._quantized(bits):
-                    pass
-        except UserError as error:
-            self.obstacle, self.settings = str(error), []
+                    self.settings.append(bits)
+            except UserError as error:
+                self.obstacle = f"{bits}: {error}"
 
     @contextmanager
     def _quantized(self, bits: Bits) -> Iterator[None]:

@@ -71,7 +71,7 @@ class Trainer:
         self.step_hooks = StepHooks(self.engine)
         self.quantized = QuantizedLoss(self.config, self.engine, self.store)
         if self.quantized.obstacle and self.engine.is_main:
-            print(f"no quantized loss during training: {self.quantized.obstacle}")
+            print(f"no quantized loss during training at {self.quantized.obstacle}")
         folder, tokenizer = self.run_dir.checkpoints, self.store.tokenizer_folder
         self.writer = CheckpointWriter(self.engine, folder, tokenizer, self.config.checkpoint)
 

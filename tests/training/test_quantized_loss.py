@@ -165,9 +165,11 @@ def test_measuring_changes_no_bit_of_a_run_and_logs_beside_the_full_loss(folder:
     assert abs(last["eval/loss@8-8-8"] - last["eval/loss"]) < abs(last["eval/loss@4-4-4"] - last["eval/loss"])
 
 
-def test_a_network_that_cannot_be_rounded_says_so_once_and_trains(
+def test_a_setting_that_a_network_cannot_have_is_told_once_and_the_others_are_measured(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = train_in(folder, "odd", "model.heads=1", "model.width=24", "eval.quantized_every=2", "train.steps=2")
-    assert capfd.readouterr().out.count("no quantized loss during training: head_dim 24 is not a power of two") == 1
-    assert [key for row in rows(run) for key in row if "@" in key] == []
+    bits = "eval.quantized_bits=[4-4-4, 4-8-16]"
+    run = train_in(folder, "odd", "model.heads=1", "model.width=24", "eval.quantized_every=2", "train.steps=2", bits)
+    told = "no quantized loss during training at 4-4-4: head_dim 24 is not a power of two"
+    assert capfd.readouterr().out.count(told) == 1
+    assert [key for row in rows(run) for key in row if "@" in key] == ["eval/loss@4-8-16"]
