@@ -37,6 +37,14 @@ def test_a_run_shorter_than_its_warm_up_ends_on_the_way_up(kind: type[Schedule])
     assert [kind(10, 100)(step) for step in range(10)] == [(step + 1) / 100 for step in range(10)]
 
 
+def test_a_decay_waits_for_the_end_of_the_warm_up() -> None:
+    """90 steps up, and the 10 that are left down, where 20 were asked for: no leap between them."""
+    factors = [WSD(100, 90, decay_fraction=0.2)(step) for step in range(100)]
+    assert factors == pytest.approx(
+        [(step + 1) / 90 for step in range(90)] + [(100 - step) / 10 for step in range(90, 100)]
+    )
+
+
 @given(steps=st.integers(1, 400), share=st.floats(0.0, 1.0), decay=st.floats(0.0, 1.0), final=st.floats(0.0, 1.0))
 def test_a_decay_behind_the_warm_up_is_that_of_the_product_of_both(
     steps: int, share: float, decay: float, final: float

@@ -37,14 +37,17 @@ class Constant(Schedule):
 
 
 class WSD(Schedule):
-    """Warm-up, stable, then linear decay over the last `decay_fraction` of the steps to `final` (trapezoidal; MiniCPM, SmolLM)."""
+    """Warm-up, stable, then linear decay to `final` (trapezoidal; MiniCPM, SmolLM).
+
+    The decay takes the last `decay_fraction` of the steps, or as many as the warm-up leaves.
+    """
 
     paper = "arXiv 2404.06395"
 
     def __init__(self, steps: int, warmup: int, decay_fraction: float = 0.2, final: float = 0.0) -> None:
         super().__init__(steps, warmup)
         self.check_options(decay_fraction, final)
-        self.decay_steps = max(1, round(steps * decay_fraction))
+        self.decay_steps = max(1, min(round(steps * decay_fraction), steps - warmup))
         self.final = final
 
     @classmethod
