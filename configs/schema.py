@@ -218,7 +218,7 @@ class DataSection(Section):
     max_tokens: Positive | None = None
     """Stop building the store after this many training tokens (null: all of the sources; required in effect for endless hub streams)."""
     document_mask: bool = False
-    """Forbid attention across documents packed into one row."""
+    """Forbid attention across documents packed into one row, in training and wherever rows of the token store are measured."""
     sampler: Hook = hook("shuffled")
 
 
