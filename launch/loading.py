@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.errors import UserError
 from configs.loading import load_config
+from configs.schema import RunConfig
 from modeling.auto import load_whole
 from modeling.decoder import MesokurtForCausalLM
 from modeling.folders import resolve
@@ -21,6 +23,9 @@ from modeling.to_stock import to_stock
 from quant.dequantized import dequantized
 from quant.evaluation import Text
 from quant.quiet_bars import bars_on_terminals_only
+
+if TYPE_CHECKING:
+    from training.data.store import TokenStore
 
 
 def refuse_outside_hooks(folder: Path) -> None:
@@ -163,6 +168,24 @@ def _windows(tokenizer: PreTrainedTokenizerBase, text: str, window: int, option:
     return Text(name, tokens[: count * window].view(count, window), len(text.encode()) / len(tokens))
 
 
+def _run_store(run_dir: str) -> tuple[RunConfig, TokenStore] | None:
+    """A run's config and token store, whose tokenizer is the one that it was trained with; None where there is no run.
+
+    Raises:
+        UserError: its store is gone and cannot be built again, or has another tokenizer.
+    """
+    saved = Path(run_dir) / "config.yaml"
+    if not saved.is_file():
+        return None
+    from training.data.prepare import prepare
+    from training.data.tokenizer import check_tokenizer
+
+    config = load_config(saved)
+    store = prepare(config)
+    check_tokenizer(Path(run_dir), store.tokenizer_folder)
+    return config, store
+
+
 def held_out_rows(run_dir: str, rows: int) -> Text:
     """The first held-out rows `[N, T + 1]` of a run's own token store.
 
@@ -171,18 +194,12 @@ def held_out_rows(run_dir: str, rows: int) -> Text:
     """
     if rows < 1:
         raise UserError(f"--rows {rows}: must be at least 1", exit_code=2)
-    from training.data.prepare import prepare
-    from training.data.tokenizer import check_tokenizer
-
-    saved = Path(run_dir) / "config.yaml"
-    if not saved.is_file():
+    found = _run_store(run_dir)
+    if found is None:
         raise UserError(f"{run_dir} is no run directory, so it has no held-out rows; give --text FILE")
-    config = load_config(saved)
-    store = prepare(config)
-    check_tokenizer(Path(run_dir), store.tokenizer_folder)
-    count = min(rows, store.num_rows("held_out"))
-    eod_id = store.eod_id if config.data.document_mask else None
-    return Text("held-out rows", store.rows("held_out", np.arange(count)), store.bytes_per_token("held_out"), eod_id)
+    config, store = found
+    tokens = store.rows("held_out", np.arange(min(rows, store.num_rows("held_out"))))
+    return Text("held-out rows", tokens, store.bytes_per_token("held_out"), store.divider(config.data))
 
 
 def calibration_rows(
@@ -196,12 +213,8 @@ def calibration_rows(
     """
     if path is not None:
         return text_windows(load_tokenizer(where), path, window, option=option).rows[:rows]
-    saved = Path(checkpoint) / "config.yaml"
-    if not saved.is_file():
+    found = _run_store(checkpoint)
+    if found is None:
         return None
-    from training.data.prepare import prepare
-    from training.data.tokenizer import check_tokenizer
-
-    store = prepare(load_config(saved))
-    check_tokenizer(Path(checkpoint), store.tokenizer_folder)
+    _, store = found
     return store.rows("train", np.arange(min(rows, store.num_rows("train"))))[:, :window]

@@ -8,7 +8,7 @@ from configs.schema import RunConfig
 from launch.machines import Machine
 from launch.memory import FLOAT, elements, mixtures, zero_and_owned
 from modeling.decoder import MesokurtForCausalLM
-from modeling.hooks import option_types
+from modeling.hooks import with_defaults
 from training.accelerator import accumulation
 from training.hooks import OPTIMIZER
 from training.optim.muon import Muon
@@ -87,7 +87,7 @@ def predict(
     tokens = config.train.global_batch * config.model.context
     passes = 4 / 3 if config.train.activation_checkpointing else 1.0
     shared, owned = zero_and_owned(config, model, routes, ranks)
-    own = {name: option.default for name, option in option_types(OPTIMIZER, Muon).items()} | config.optim.options
+    own = with_defaults(OPTIMIZER, Muon, config.optim.options)
     iterations = [_newton_schulz(part, own["ns_steps"], own["ns_form"]) for part in (shared, owned)]
     return StepTime(
         compute=tokens * flops_per_token(model, model.config) * passes / rate,

@@ -32,11 +32,14 @@ def documents_apart(model: nn.Module, eod_id: int | None) -> Iterator[None]:
 
     For forwards of whole rows, given as `input_ids=` `[B, T]`. A stock architecture gets the same as a mask of four dimensions.
     """
+    if eod_id is None:
+        yield
+        return
     own = "document_ids" in inspect.signature(model.forward).parameters
 
     def divide(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         tokens = named.get("input_ids")
-        if tokens is None or eod_id is None:
+        if tokens is None:
             return None
         ids = document_ids(tokens, eod_id)
         return arguments, {**named, **({"document_ids": ids} if own else {"attention_mask": document_mask(ids)})}

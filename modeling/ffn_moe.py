@@ -14,7 +14,7 @@ from .dispatch import plan
 from .experts import UNORDERED, Experts, mixes_tokens
 from .ffn_gated import GatedFFN
 from .ffn_mlp import MLP
-from .hooks import INNER_KINDS, KINDS, HookError, build, check, inner_spec
+from .hooks import INNER_KINDS, KINDS, HookError, build, check, inner_spec, with_defaults
 from .router_residual import SharedGate
 from .routers import Router, Routing
 
@@ -142,14 +142,14 @@ class MoE(nn.Module):
     @classmethod
     def check_run(cls, config: Any) -> str | None:
         """Why a run's config does not go with this layer."""
-        activation, options = config.model.activation, dict(config.model.ffn.options)
+        activation = config.model.activation
+        options = with_defaults(KINDS["ffn"], cls, config.model.ffn.options)
         if config.parallel.sequence > 1:  # a forward then sees a part of its rows
-            if options.get("capacity_factor") is not None:
+            if options["capacity_factor"] is not None:
                 return (
                     f"drops other tokens with parallel.sequence {config.parallel.sequence}; leave out capacity_factor"
                 )
-            spec = inner_spec(options.get("router", "topk"))
-            router = router_on_paper(spec, options.get("experts", 8), options.get("active", 2))
+            router = router_on_paper(inner_spec(options["router"]), options["experts"], options["active"])
             if router.balance and not router.over_global_batch:
                 return (
                     f"balances parts of rows with parallel.sequence {config.parallel.sequence}, which is another loss; "

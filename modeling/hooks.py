@@ -175,6 +175,11 @@ def option_types(kind: HookKind, cls: type) -> dict[str, inspect.Parameter]:
     }
 
 
+def with_defaults(kind: HookKind, cls: type, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, and for those that are not given the class's defaults."""
+    return {name: parameter.default for name, parameter in option_types(kind, cls).items()} | options
+
+
 def _fits(value: Any, annotation: Any) -> bool:
     origin = typing.get_origin(annotation)
     if annotation is Any:

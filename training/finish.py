@@ -38,7 +38,7 @@ def evaluate(config: RunConfig, store: TokenStore, checkpoint: Path) -> dict[str
     settings = [Bits.parse(text) for text in config.eval.bits]
     per_token = store.bytes_per_token("held_out")
     calibration = calibration_rows(store) if any(method_of(name).calibrated for name in config.eval.methods) else None
-    with documents_apart(model, store.eod_id if config.data.document_mask else None):
+    with documents_apart(model, store.divider(config.data)):
         rungs = ladder(model, rows, settings, config.eval.methods, bytes_per_token=per_token, calibration=calibration)
         loss = perplexity_of_rows(model, rows).nats_per_token
     print(format_ladder(rungs))

@@ -192,7 +192,7 @@ class Trainer:
         count = min(self.config.eval.rows, self.store.num_rows("held_out"))
         rows = np.array(probed_rows(count, engine.rank, engine.world_size, engine.lockstep))
         tokens = self.store.rows("held_out", rows)[:, :-1].to(engine.device)
-        eod_id = self.store.eod_id if self.config.data.document_mask else None
+        eod_id = self.store.divider(self.config.data)
         # Compiled code would not see the probe's hooks.
         with torch.compiler.set_stance("force_eager"), documents_apart(engine.module, eod_id):
             return probe.measure(engine.module, list(tokens.split(self.config.train.micro_batch)))

@@ -75,10 +75,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     settings = [Bits.parse(text) for text in arguments.bits] if arguments.bits else list(LADDER)
     methods = list(dict.fromkeys(arguments.method or DEFAULT_METHODS))
     calibrated = any(method.calibrated for method in map(method_of, methods))
-    has_text, calibrates = (
-        arguments.text is not None or arguments.dataset is not None,
-        "a method that calibrates, such as gptq",
-    )
+    has_text = arguments.text is not None or arguments.dataset is not None
+    calibrates = "a method that calibrates, such as gptq"
     check_use(
         arguments,
         ("window", has_text or calibrated, "--text, --dataset or a method that calibrates"),

@@ -12,6 +12,7 @@ import torch
 from torch import LongTensor
 
 from configs.errors import UserError
+from configs.schema import DataSection
 from training.data.files import sha256_file
 from training.data.store_format import (
     COLUMN,
@@ -114,6 +115,10 @@ class TokenStore:
         """UTF-8 bytes of text per token, end-of-document tokens counted: bits per byte = bits per token / this."""
         summary = self.summary(split)
         return summary.text_bytes / summary.tokens
+
+    def divider(self, data: DataSection) -> int | None:
+        """The token at which attention ends; None where documents of a row see each other (`data.document_mask`)."""
+        return self.eod_id if data.document_mask else None
 
     def rows(self, split: Split, indices: np.ndarray) -> LongTensor:
         """Rows by number, `[B, T+1]` int64."""
